@@ -1,0 +1,1 @@
+"""The reference implementation of RLHF: supervised fine-tuning, reward model, PPO."""
