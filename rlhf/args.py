@@ -1,0 +1,180 @@
+"""Flags shared by the scripts.  Names and defaults are DeepSpeed-Chat's.
+
+A help text ends with the source of its default: [DSC] DeepSpeed-Chat's flag or script, [IGPT]
+InstructGPT (arXiv:2203.02155), [PPO] arXiv:1707.06347, [GAE] arXiv:1506.02438, [ours: why]."""
+import argparse
+import os
+import sys
+import time
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+             "constant_with_warmup")
+
+# DeepSpeed-Chat's flags that we do without, and what to use instead.
+REMOVED = {
+    "--num_padding_at_beginning": "scores are read at the last real token: drop it",
+    "--compute_fp32_loss": "log-probs and losses are always fp32: drop it",
+    "--dropout": "step 1 uses the model's own (see its config.json), steps 2 and 3 none: drop it",
+    "--actor_dropout": "step 3 runs without dropout, or the ratio would not start at 1: drop it",
+    "--critic_dropout": "step 3 runs without dropout: drop it",
+    "--enable_test_mode": "use --max_steps N",
+    "--test_stop_step": "use --max_steps N",
+    "--print_loss": "every step's loss is in metrics.jsonl; --log_interval sets what is printed",
+    "--print_answers": "use --print_answers_interval N",
+    "--eval_iters": "the evaluation covers all held-out rows; --max_eval_rows N cuts it",
+    "--unpin_actor_parameters": "it belongs to the hybrid engine, which is not here",
+    "--release_inference_cache": "it belongs to the hybrid engine, which is not here",
+}
+
+
+class InputError(Exception):
+    """Something the user gave is wrong.  The message is one sentence: what, where, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-sentence errors (exit code 2) and an answer for DeepSpeed-Chat's flags."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def parse_args(self, *args, **kwargs):
+        parsed, unknown = self.parse_known_args(*args, **kwargs)
+        for flag in (text.split("=")[0] for text in unknown if text.startswith("-")):
+            self.error(f"{flag}: {REMOVED.get(flag, 'no such flag, see --help')}")
+        if unknown:
+            self.error(f"{unknown[0]}: does not belong to any flag, see --help")
+        return parsed
+
+    def error(self, message):
+        leave(f"{self.prog}: error: {message}", code=2)
+
+
+def leave(message, code=1):
+    """End this process with one sentence, which rank 0 says while the others give it the time."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)
+    raise SystemExit(code)
+
+
+def run(main):
+    """Call a script's main(); an InputError ends it with one sentence and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        leave(f"{os.path.basename(sys.argv[0])}: error: {error}")
+
+
+def _number(kind, allowed, wanted):
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+    return convert
+
+
+INF = float("inf")
+positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
+count = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
+positive = _number(float, lambda x: 0 < x < INF, "a number above 0")
+non_negative = _number(float, lambda x: 0 <= x < INF, "a number, 0 or more")
+fraction = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+open_fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+
+
+def add_model(parser):
+    parser.add_argument("--model_name_or_path", default="toy",
+                        help="toy, a model folder or a hub id [ours: runs without network]")
+
+
+def add_data(parser, path="toy"):
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", nargs="+", default=[path],
+        help="toy, hub ids, .jsonl files (.gz too), folders with train and test files "
+             "[ours: runs without network]")
+    add("--data_split", default="2,4,4",
+        help="shares of the rows that steps 1, 2 and 3 train on, disjoint [DSC]")
+    add("--data_output_path", default=os.path.expanduser("~/.cache/rlhf"),
+        help="where tokenised data is cached [ours: /tmp belongs to everyone]")
+    add("--eval_fraction", type=open_fraction, default=0.1,
+        help="held out from a data set that has no test rows of its own [ours: the usual tenth]")
+    add("--max_eval_rows", type=positive_int, default=4000,
+        help="held-out rows to evaluate on, at most [ours: accuracy to one point]")
+
+
+def add_optimiser(parser, learning_rate=None, warmup=0):
+    """The optimiser's flags; step 3 passes no learning_rate and declares one for each model."""
+    add = parser.add_argument_group("optimiser").add_argument
+    if learning_rate is not None:
+        add("--learning_rate", "--lr", type=non_negative, default=learning_rate,
+            help="peak learning rate [DSC]")
+        add("--weight_decay", type=non_negative, default=0.0, help="of matrices only [DSC]")
+        add("--per_device_train_batch_size", type=positive_int, default=16,
+            help="rows a rank holds at a time [DSC]")
+        add("--per_device_eval_batch_size", type=positive_int, default=16,
+            help="rows a rank evaluates at a time [DSC]")
+        add("--max_seq_len", type=positive_int, default=512,
+            help="tokens; longer prompts lose their beginning, longer responses their end [DSC]")
+        add("--eval_interval", type=count, default=0,
+            help="steps between evaluations, 0: once an epoch [DSC]")
+        add("--zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage [DSC]")
+    add("--num_train_epochs", type=positive_int, default=1, help="passes over the data [DSC]")
+    add("--gradient_accumulation_steps", type=positive_int, default=1,
+        help="micro-batches an optimizer step [DSC]")
+    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine",
+        help="Transformers' schedules [DSC]")
+    add("--num_warmup_steps", type=count, default=warmup, help="optimizer steps [DSC]")
+    add("--adam_beta2", type=open_fraction, default=0.95, help="with beta1 0.9 [DSC]")
+    add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")
+    add("--max_steps", type=count, default=0,
+        help="optimizer steps (step 3: iterations) in all, 0: whole epochs [ours: short runs]")
+
+
+def add_run(parser, output_dir):
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=output_dir, help="takes all a run leaves [ours: a default]")
+    add("--seed", type=count, default=1234, help="of everything random, in all steps [DSC]")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="auto: bf16 on a GPU that has it, else fp32 [ours: fp16 overflows]")
+    add("--log_interval", type=positive_int, default=10, help="steps a line [ours: readable]")
+    add("--log_level", choices=("debug", "info", "warning", "error"), default="error",
+        help="of the libraries' own messages [ours: a terminal to read]")
+    add("--enable_tensorboard", action="store_true", help="through DeepSpeed's monitor [DSC]")
+    add("--tensorboard_path", default=None, help="OUTPUT_DIR/tensorboard unless given [DSC]")
+    add("--local_rank", type=int, default=-1, help="set by the launcher [DSC]")
+    add("--deepspeed", action="store_true", help="accepted: DeepSpeed is always on [DSC]")
+
+
+def split_shares(text):
+    """"2,4,4" -> [0.2, 0.4, 0.4]."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+        raise InputError(f"--data_split must be three numbers such as 2,4,4, not {text}")
+    return [share / sum(shares) for share in shares]
+
+
+def check_made(path, script, flag):
+    """InputError when a model that an earlier step should have left is not there."""
+    if not os.path.isdir(path) and path.split(os.sep)[0] == "output":
+        raise InputError(f"there is no model in {path}: run {script} first, or give {flag}")
+
+
+def check_output_dir(path):
+    """Create the folder; InputError, before anything is computed, if it cannot be written to."""
+    probe = os.path.join(path, f".probe-{os.getpid()}")
+    try:
+        os.makedirs(path, exist_ok=True)
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as error:
+        raise InputError(f"cannot write to --output_dir {path}: {error.strerror}") from error

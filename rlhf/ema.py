@@ -1,0 +1,43 @@
+"""Exponential moving average of the policy, as Ouyang et al. 2022 (arXiv:2203.02155) keep one."""
+import contextlib
+
+import torch
+
+
+class EMA:
+    """An fp32 shadow of this rank's part of the trained parameters: its shard under ZeRO-3, else
+    all.
+
+    Updated once an optimizer step."""
+    # differs: DeepSpeed-Chat's has the model's dtype, where bf16 loses most of the movement, moves
+    # every micro-batch, and under ZeRO-3 is never written back
+
+    def __init__(self, module, decay=0.992):
+        self.decay = decay
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.shadow = [_local(p).detach().float().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self):
+        """shadow <- decay * shadow + (1 - decay) * parameter."""
+        for shadow, parameter in zip(self.shadow, self.parameters):
+            shadow.lerp_(_local(parameter).float(), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """The module's weights are the average inside, and exactly the trained ones again after."""
+        trained = [_local(p).detach().clone() for p in self.parameters]
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(trained)
+
+    @torch.no_grad()
+    def _write(self, values):
+        for parameter, value in zip(self.parameters, values):
+            _local(parameter).copy_(value)
+
+
+def _local(parameter):
+    return getattr(parameter, "ds_tensor", parameter)

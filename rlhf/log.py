@@ -1,0 +1,104 @@
+"""One dict a step -> progress bar, metrics.jsonl, monitors.  Only rank 0 shows and writes."""
+import json
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+from rlhf import engine
+
+
+def say(text):
+    """A line for the user, above the progress bar."""
+    if engine.rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Log:
+    """A run's records in --output_dir: args.json at once, metrics.jsonl and samples.jsonl as it
+    goes.
+
+    `shown` names the metrics of the line that is printed every --log_interval steps."""
+
+    def __init__(self, args, total_steps, shown, train_engine):
+        self.shown, self.interval, self.folder = shown, args.log_interval, args.output_dir
+        self.write_events, self.clock = engine.monitor(train_engine), time.perf_counter()
+        if engine.rank() == 0:
+            write_json(os.path.join(self.folder, "args.json"), vars(args))
+            self.files = {name: open(os.path.join(self.folder, f"{name}.jsonl"), "w")
+                          for name in ("metrics", "samples")}
+            self.bar = tqdm(total=total_steps, dynamic_ncols=True, disable=None)
+
+    def step(self, step, metrics):
+        """Record step number `step`; its time is that since the last record.  tokens_total and
+        flops_total become tokens_per_second and tflops (of each rank)."""
+        if engine.rank() == 0:
+            seconds = time.perf_counter() - self.clock
+            metrics["seconds"] = seconds
+            metrics["tokens_per_second"] = metrics.pop("tokens_total") / seconds
+            metrics["tflops"] = metrics.pop("flops_total") / seconds / engine.world_size() / 1e12
+            self._record(step, metrics, "train/")
+            self.bar.update(1)
+            if step % self.interval == 0 or step == self.bar.total:
+                self._say(step, {name: metrics[name] for name in self.shown})
+
+    def evaluation(self, step, metrics):
+        """Record and print an evaluation on held-out rows."""
+        if engine.rank() == 0:
+            self._record(step, metrics, "")
+            self._say(step, metrics)
+
+    def samples(self, step, rows, show=3):
+        """Keep dicts of prompt, response, score and kl, and print the first few."""
+        if engine.rank() == 0:
+            for row in rows:
+                self._write("samples", {"step": step, **row})
+            for row in rows[:show]:
+                say(f"  {row['prompt'].strip()[-200:]} => {row['response'].strip()[:300]}   "
+                    f"[score {row['score']:.2f}, kl {row['kl']:.2f}]")
+
+    def close(self):
+        if engine.rank() == 0:
+            self.bar.close()
+            for file in self.files.values():
+                file.close()
+
+    def _record(self, step, metrics, prefix):
+        self._write("metrics", {"step": step, **metrics})
+        if self.write_events:
+            self.write_events([(prefix + name, value, step) for name, value in metrics.items()])
+        self.clock = time.perf_counter()
+
+    def _write(self, name, row):
+        self.files[name].write(json.dumps(row) + "\n")
+        self.files[name].flush()
+
+    def _say(self, step, metrics):
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        say(f"step {step}/{self.bar.total}  {values}")
+
+
+def write_json(path, value):
+    """Write a JSON file whole or not at all."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(value, file, indent=2)
+    os.replace(f"{path}.tmp", path)
+
+
+def count_tokens(batches):
+    """Prompt and response tokens, padding aside."""
+    return sum(batch["prompt_mask"].sum() + batch["mask"].sum() for batch in batches)
+
+
+def forward_flops(model, batches):
+    """Floating-point operations of one forward pass over the batches -> 0-d tensor.
+
+    Two a weight and token, and 4 * layers * width * length a token for attention.  Megatron counts
+    a training step as 3 of these, 4 with gradient checkpointing."""
+    module = getattr(model, "module", model)
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    attention = 4 * module.config.num_hidden_layers * module.config.hidden_size
+    lengths = [batch["prompt_mask"].sum(1) + batch["mask"].sum(1) for batch in batches]
+    return sum((length * (2 * weights + attention * length)).sum() for length in lengths)
