@@ -1,0 +1,197 @@
+"""Tokenizer, policy and scalar model (reward model, critic), loaded and saved in the HF layout.
+
+A batch is a dict: `prompt_ids`, `prompt_mask` (B, P), left-padded; `response_ids`, `mask` (B, R),
+right-padded.  The masks come from lengths and are carried along, never rebuilt from the ids, so
+that it makes no difference which token pads."""
+import inspect
+import os
+import tempfile
+
+import torch
+from torch import nn
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, GenerationConfig)
+
+from rlhf import toy
+from rlhf.args import InputError
+from rlhf.losses import token_logprobs
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder or hub id ("toy": the embedded world's), with an eos and a
+    pad.
+
+    Transformers' sequence classifiers read the last token that is not the pad: were the pad the
+    eos, a reward model saved here would be read one token too early there.  So a pad that is
+    missing or the eos becomes the unk, where that is a token of its own, else a new `<|pad|>`.
+    InputError where there is no tokenizer, or no eos in it."""
+    tokenizer = toy.tokenizer() if path == "toy" else \
+        _open(AutoTokenizer.from_pretrained, path, "tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path} has no eos token, so responses could never end: "
+                         f"set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        taken = (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        unk = tokenizer.unk_token if tokenizer.unk_token_id not in taken else "<|pad|>"
+        tokenizer.add_special_tokens({"pad_token": unk})
+    return tokenizer
+
+
+def load_policy(path, tokenizer, dtype=torch.float32):
+    """Any causal language model, ready to sample and train; "toy" is a fresh one of a million
+    parameters.  InputError that names the first weight that is missing, unexpected or misshapen."""
+    if path == "toy":
+        model = AutoModelForCausalLM.from_config(toy.model_config(tokenizer), dtype=dtype)
+    else:
+        model, _ = _from_pretrained(AutoModelForCausalLM, path, dtype)
+    return _fit_tokenizer(model, tokenizer)
+
+
+def load_scalar(path, tokenizer, dtype=torch.float32, new_head=False):
+    """A backbone with a one-number head -> ScalarModel.
+
+    With new_head (step 2) a language model will do, and gets a fresh head; otherwise the folder
+    must hold a complete reward model.  InputError as in load_policy."""
+    if path == "toy":
+        config, fresh = toy.model_config(tokenizer), True
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    else:
+        allowed = (("score.",), ("lm_head.", "embed_out.")) if new_head else ((), ())
+        model, fresh = _from_pretrained(AutoModelForSequenceClassification, path, dtype, *allowed,
+                                        num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise InputError(f"{path}: {type(model).__name__} has no linear head named score, so it "
+                         f"can be no reward model: use a decoder-only language model")
+    if fresh:                                   # Stiennon et al. 2020: scores start with variance 1
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    return ScalarModel(_fit_tokenizer(model, tokenizer))
+
+
+class ScalarModel(nn.Module):
+    """A sequence classifier with one label, read at every position: the critic uses all of them,
+    the reward model the last."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier, self.config = classifier, classifier.config
+
+    def forward(self, input_ids, attention_mask):
+        """(B, T), (B, T) -> (B, T) fp32: the head's output after each token."""
+        backbone = self.classifier.base_model
+        hidden = backbone(input_ids, attention_mask=attention_mask, use_cache=False,
+                          **_positions(backbone, attention_mask))[0]                    # (B, T, d)
+        return self.classifier.score(hidden).squeeze(-1).float()
+
+
+def policy_logprobs(model, batch, temperature=1.0):
+    """log pi(y_t | x, y_<t) of a batch -> (B, R) fp32: the one forward for old, new and reference.
+
+    Only the response's positions go through the vocabulary projection."""
+    ids, mask = _join(batch)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+                   logits_to_keep=batch["mask"].shape[1] + 1,
+                   **_positions(getattr(model, "module", model), mask)).logits[:, :-1]  # (B, R, V)
+    return token_logprobs(logits, batch["response_ids"], temperature)
+
+
+def state_values(model, batch):
+    """V(x, y_<t) of a batch -> (B, R) fp32: the critic's output before each response token."""
+    return model(*_join(batch))[:, -batch["mask"].shape[1] - 1:-1]
+
+
+def sequence_scores(model, batch):
+    """The reward model's score of each row, read at its last real token -> (B,) fp32."""
+    last = batch["prompt_mask"].shape[1] + batch["mask"].sum(1, keepdim=True) - 1
+    return model(*_join(batch)).gather(1, last).squeeze(1)
+
+
+def save_model(model, tokenizer, path, state_dict=None):
+    """Write safetensors weights, config, generation_config and tokenizer to the folder `path`.
+
+    They are written to a temporary folder inside and renamed one by one: an interrupted save leaves
+    the previous model.  `state_dict` stands in for the model's own weights where those are
+    sharded."""
+    classifier = getattr(model, "classifier", model)
+    if state_dict is not None and classifier is not model:
+        state_dict = {name.removeprefix("classifier."): w for name, w in state_dict.items()}
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as folder:
+        classifier.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+        for name in sorted(os.listdir(folder), key="config.json".__eq__):
+            os.replace(os.path.join(folder, name), os.path.join(path, name))
+
+
+def check_same_vocabulary(path, tokenizer, other_path):
+    """InputError unless both models know the same tokens: each is fed the other's ids."""
+    if load_tokenizer(other_path).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{path} and {other_path} have different vocabularies: use models of one "
+                         f"family, the reward model trained with the actor's tokenizer")
+
+
+def check_context(model, path, length):
+    """InputError when sequences of `length` tokens do not fit in the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise InputError(f"sequences of up to {length} tokens do not fit in the {limit}-token "
+                         f"context of {path}: lower --max_seq_len, or --max_prompt_seq_len and "
+                         f"--max_answer_seq_len")
+
+
+def _join(batch):
+    """-> ids, mask (B, P + R)."""
+    return (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),
+            torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
+
+
+def _positions(model, mask):
+    """Position ids that follow the mask, for models that take them (those with ALiBi do not)."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def _open(function, path, what, **kwargs):
+    """Call a from_pretrained; whatever goes wrong becomes one sentence."""
+    local = os.path.isdir(path)
+    if not local and (path.startswith((".", "/")) or path.count("/") > 1):
+        raise InputError(f"there is no model folder {path}")
+    try:
+        return function(path, **kwargs)
+    except Exception as error:        # of many libraries' own types, safetensors' among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = "" if local else " (there is no such folder, so it was sought on the hub)"
+        raise InputError(f"cannot load the {what} of {path}{where}: {reason}") from error
+
+
+def _from_pretrained(kind, path, dtype, missing=(), unexpected=(), **kwargs):
+    """Strict loading, but for weights whose names start with one of the prefixes.
+
+    -> the model, and whether any weight was missing."""
+    config = _open(AutoConfig.from_pretrained, path, "configuration", **kwargs)
+    model, report = _open(kind.from_pretrained, path, "weights", config=config, dtype=dtype,
+                          output_loading_info=True, ignore_mismatched_sizes=True)
+    for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
+        names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
+        if names:
+            hint = " (it is no reward model: train one with train_rm.py)"
+            raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first"
+                             f"{hint if 'score.weight' in names else ''}")
+    for name, found, wanted in report["mismatched_keys"]:
+        raise InputError(f"{path}: weight {name} has shape {tuple(found)}, but its config.json "
+                         f"asks for {tuple(wanted)}")
+    return model, bool(report["missing_keys"])
+
+
+def _fit_tokenizer(model, tokenizer):
+    """Grow the embeddings if the tokenizer gained a pad; put its special ids in the configs."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    if model.can_generate():          # a fresh one: step 3 samples plainly, whatever was there
+        model.generation_config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, **ids)
+    return model
