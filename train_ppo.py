@@ -1,0 +1,227 @@
+"""Step 3, PPO: raise the reward model's score of the policy's own responses, at a price for leaving
+the reference.
+
+    python train_sft.py && python train_rm.py && python train_ppo.py         # the embedded world
+    deepspeed --num_gpus 8 train_ppo.py --actor_model_name_or_path output/sft \\
+        --critic_model_name_or_path output/rm --data_path Dahoas/rm-static --actor_lr 9.65e-6 \\
+        --critic_lr 5e-6 --actor_zero_stage 2 --critic_zero_stage 2 --enable_ema
+
+Four models: the actor is the policy that learns; the reference is the actor as it was; the critic
+predicts each token's return; the reward model scores whole responses.  An iteration is a rollout,
+which samples responses and scores them, and a PPO update on it.  Shapes as in rlhf/losses.py."""
+import os
+import time
+from functools import partial
+
+import torch
+
+from rlhf import args as flags
+from rlhf import data, engine, models
+from rlhf.args import count, fraction, non_negative, open_fraction, positive, positive_int
+from rlhf.ema import EMA
+from rlhf.generate import finished, sample
+from rlhf.log import Log, count_tokens, forward_flops
+from rlhf.losses import (gae, kl_estimate, masked_mean, masked_moments, policy_loss,
+                         shaped_rewards, value_loss, whiten)
+
+
+def parse():
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument_group("models").add_argument
+    add("--actor_model_name_or_path", default="output/sft",
+        help="step 1's model, with which actor and reference start [ours: its output]")
+    add("--critic_model_name_or_path", default="output/rm",
+        help="step 2's model, with which critic and reward model start [ours: its output]")
+    add("--actor_zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage [DSC]")
+    add("--critic_zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage [DSC]")
+    add("--enable_ema", action="store_true", help="keep and save an average of the actor [DSC]")
+    add("--ema_decay", type=open_fraction, default=0.992, help="an optimizer step [DSC, constant]")
+    flags.add_data(parser)
+    add = parser.add_argument_group("rollout").add_argument
+    add("--per_device_generation_batch_size", type=positive_int, default=16, help="rows [DSC]")
+    add("--generation_batches", type=positive_int, default=1, help="of them a rollout [DSC]")
+    add("--max_prompt_seq_len", type=positive_int, default=256, help="or it is dropped [DSC]")
+    add("--max_answer_seq_len", type=positive_int, default=256, help="tokens at most [DSC]")
+    add("--temperature", type=positive, default=1.0, help="also of all log-probs [IGPT]")
+    add("--top_p", type=positive, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
+    add("--top_k", type=count, default=0, help="likeliest tokens; 0: all [ours: unbiased]")
+    add("--print_answers_interval", type=count, default=50, help="iterations; 0: never [ours]")
+    add = parser.add_argument_group("reward").add_argument
+    add("--kl_coef", type=non_negative, default=0.1, help="price of the KL [DSC, constant]")
+    add("--kl_estimator", choices=("k1", "k2", "k3"), default="k1", help="[DSC, constant]")
+    add("--clip_reward", type=positive, default=5.0, help="of the score [DSC, constant]")
+    add("--missing_eos_penalty", type=non_negative, default=0.0,
+        help="off the score of a response cut at the maximum length [ours: DSC has none]")
+    add("--gamma", type=fraction, default=1.0, help="discount [DSC, constant]")
+    add("--lam", type=fraction, default=0.95, help="GAE's lambda [GAE]")
+    add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
+    add = parser.add_argument_group("update").add_argument
+    add("--actor_learning_rate", "--actor_lr", type=non_negative, default=9.65e-6, help="[DSC]")
+    add("--critic_learning_rate", "--critic_lr", type=non_negative, default=5e-6, help="[DSC]")
+    add("--actor_weight_decay", type=non_negative, default=0.0, help="of matrices [DSC]")
+    add("--critic_weight_decay", type=non_negative, default=0.0, help="of matrices [DSC]")
+    add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
+    add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
+    add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
+    add("--value_clip", type=positive, default=0.2, help="of a value's move [DSC, constant]")
+    add("--unsupervised_dataset_name", help="text to mix in: toy, a .txt file or a hub id [DSC]")
+    add("--unsupervised_dataset_config_name", help="configuration of a hub id [DSC]")
+    add("--unsup_coef", type=non_negative, default=27.8, help="weight of that text's loss [IGPT]")
+    flags.add_optimiser(parser, warmup=100)
+    flags.add_run(parser, "output/ppo")
+    args = parser.parse_args()
+    args.rows = args.per_device_generation_batch_size * args.generation_batches
+    args.step_rows = args.per_device_training_batch_size * args.gradient_accumulation_steps
+    if args.rows % args.step_rows:
+        parser.error(f"a rollout of {args.rows} rows (generation batch size x generation batches) "
+                     f"does not divide into steps of {args.step_rows} rows (training batch size x "
+                     f"accumulation)")
+    return args
+
+
+@torch.no_grad()
+def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
+    """Sample a response to every prompt, score it, estimate advantages -> experience, metrics.
+
+    prompts: a list of batches.  The experience is one batch (see models.py) with old_logp,
+    ref_logp, old_values, advantages, returns (B, R) fp32 and score, kl (B,)."""
+    start = time.perf_counter()
+    with engine.whole(actor) as policy:
+        batches = [sample(policy, batch, args.max_answer_seq_len, args.temperature, args.top_p,
+                          args.top_k) for batch in prompts]
+    sampled = time.perf_counter()
+    for batch in batches:
+        batch["old_logp"] = models.policy_logprobs(actor, batch, args.temperature)          # (B, R)
+        batch["ref_logp"] = models.policy_logprobs(reference, batch, args.temperature)      # (B, R)
+        batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
+        batch["score"] = models.sequence_scores(reward_model, batch)                        # (B,)
+    batch = data.stack(batches, tokenizer.pad_token_id)
+    mask, logp, ref_logp, values = (
+        batch[name] for name in ("mask", "old_logp", "ref_logp", "old_values"))
+
+    ended = finished(batch, tokenizer.eos_token_id)
+    score = batch["score"] - args.missing_eos_penalty * ~ended
+    rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_coef, args.clip_reward,
+                             args.kl_estimator)
+    advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+    batch["advantages"] = advantages if args.no_whiten_advantages else whiten(advantages, mask)
+    batch["returns"] = returns
+    batch["kl"] = kl_estimate(logp, ref_logp).masked_fill(~mask, 0).sum(1)                  # (B,)
+
+    return_mean, return_variance = masked_moments(returns, mask)
+    error_variance = masked_moments(returns - values, mask)[1]
+    return batch, {
+        "score": batch["score"].mean(), "kl": batch["kl"].mean(), "kl_coef": args.kl_coef,
+        "reward": rewards.sum(1).mean(), "entropy": masked_moments(-logp, mask)[0],
+        "return_mean": return_mean, "advantage_mean": masked_moments(advantages, mask)[0],
+        "explained_variance": 1 - error_variance / return_variance.clamp(min=1e-8),
+        "response_length": mask.sum(1).double().mean(), "eos_rate": ended.double().mean(),
+        "tokens_total": count_tokens([batch]),
+        "flops_total": sum(forward_flops(model, batches) for model in
+                           (actor, actor, reference, critic, reward_model)),
+        "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
+
+
+def ppo_update(actor, critic, experience, args, ema=None, text=None):
+    """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
+
+    Actor and critic take one optimizer step a minibatch.  The new log-probs come from the same
+    forward, in the same mode, as the old ones, so that the first ratio is 1 up to rounding."""
+    start, history = time.perf_counter(), []
+    for _ in range(args.ppo_epochs):
+        for rows in torch.randperm(args.rows).split(args.step_rows):
+            micro_batches = [{name: tensor[part] for name, tensor in experience.items()}
+                             for part in rows.split(args.per_device_training_batch_size)]
+            denom = engine.global_denom([batch["mask"] for batch in micro_batches])
+            for batch in micro_batches:
+                mask = batch["mask"]
+                logp = models.policy_logprobs(actor, batch, args.temperature)               # (B, R)
+                actor_loss, metrics = policy_loss(logp, batch["old_logp"], batch["advantages"],
+                                                  mask, args.clip, denom)
+                metrics["policy_loss"] = actor_loss.detach()
+                if text is not None:       # Ouyang et al. 2022 (arXiv:2203.02155) eq. 2, last term
+                    block = next(text)     # blocks are equally long: this mean is the global one
+                    unsup_loss = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
+                    actor_loss = actor_loss + args.unsup_coef * unsup_loss
+                    metrics["unsup_loss"] = unsup_loss.detach()
+                actor.backward(actor_loss)
+                metrics["actor_grad_norm"] = engine.step(actor)
+
+                values = models.state_values(critic, batch)                                 # (B, R)
+                critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
+                                                mask, args.value_clip, denom)
+                critic.backward(critic_loss)
+                metrics["critic_grad_norm"] = engine.step(critic)
+                history.append({**metrics, "value_loss": critic_loss.detach(),
+                                "value_clip_frac": stats["clip_frac"]})
+            if ema is not None:
+                ema.update()
+    first = history[:args.gradient_accumulation_steps]             # before anything has moved
+    errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
+    return {**engine.summarise(history), "first_ratio_error_max": max(errors),
+            "flops_total": 3 * args.ppo_epochs * (forward_flops(actor, [experience])
+                                                  + forward_flops(critic, [experience])),
+            "seconds_train": time.perf_counter() - start}
+
+
+def load_models(args, tokenizer, total):
+    """-> actor and critic (engines with optimizers), reference and reward model (frozen)."""
+    dtype, paths = engine.pick_dtype(args.dtype), (args.actor_model_name_or_path,
+                                                   args.critic_model_name_or_path)
+    actor, reference = (models.load_policy(paths[0], tokenizer, dtype) for _ in range(2))
+    critic, reward_model = (models.load_scalar(paths[1], tokenizer, dtype) for _ in range(2))
+    for model, path in zip((actor, critic), paths):
+        models.check_context(model, path, args.max_prompt_seq_len + args.max_answer_seq_len)
+    common = (args.per_device_training_batch_size,
+              total * args.ppo_epochs * args.rows // args.step_rows)
+    actor = engine.train_engine(actor, args, args.actor_learning_rate, args.actor_weight_decay,
+                                args.actor_zero_stage, *common)
+    critic = engine.train_engine(critic, args, args.critic_learning_rate, args.critic_weight_decay,
+                                 args.critic_zero_stage, *common)
+    actor.eval(), critic.eval()             # no dropout: old and new log-probs must be comparable
+    return actor, critic, engine.frozen(reference), engine.frozen(reward_model)
+
+
+def main():
+    args = parse()
+    flags.check_made(args.actor_model_name_or_path, "train_sft.py", "--actor_model_name_or_path")
+    flags.check_made(args.critic_model_name_or_path, "train_rm.py", "--critic_model_name_or_path")
+    flags.check_output_dir(args.output_dir)
+    engine.init(args)
+
+    tokenizer = models.load_tokenizer(args.actor_model_name_or_path)
+    models.check_same_vocabulary(args.actor_model_name_or_path, tokenizer,
+                                 args.critic_model_name_or_path)
+    train, _ = data.load(args, tokenizer, phase=3, max_prompt=args.max_prompt_seq_len)
+    to_batch = partial(data.collate, tokenizer, responses=())
+    cut = (args.per_device_generation_batch_size, args.generation_batches)
+    epoch = data.steps_per_epoch(train, *cut, "--per_device_generation_batch_size")
+    total = args.max_steps or epoch * args.num_train_epochs
+    text = data.text_stream(args, tokenizer)
+
+    actor, critic, reference, reward_model = load_models(args, tokenizer, total)
+    ema = EMA(actor.module, args.ema_decay) if args.enable_ema else None
+    engine.seed_ranks(args.seed)
+
+    log = Log(args, total, ("score", "kl", "response_length", "eos_rate", "ratio_max", "clip_frac",
+                            "value_loss", "explained_variance", "seconds"), actor)
+    for step, prompts in data.optimizer_steps(train, to_batch, *cut, args.seed, total):
+        lrs = {"actor_lr": actor.get_lr()[0], "critic_lr": critic.get_lr()[0]}
+        experience, sampled = rollout(actor, reference, critic, reward_model, prompts, tokenizer,
+                                      args)
+        updated = ppo_update(actor, critic, experience, args, ema, text)
+        updated["flops_total"] += sampled["flops_total"]
+        log.step(step, {**engine.reduce_metrics({**sampled, **updated}), **lrs})
+        if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
+            log.samples(step, data.decode(tokenizer, experience))
+
+    engine.save(actor, tokenizer, os.path.join(args.output_dir, "actor"))
+    engine.save(critic, tokenizer, os.path.join(args.output_dir, "critic"))
+    if ema is not None:
+        with ema.swapped_in():
+            engine.save(actor, tokenizer, os.path.join(args.output_dir, "actor_ema"))
+    log.close()
+
+
+if __name__ == "__main__":
+    flags.run(main)

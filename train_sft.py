@@ -1,0 +1,97 @@
+"""Step 1, supervised fine-tuning: maximise the log-likelihood of demonstrations.
+
+    python train_sft.py                                      # the embedded world, one process
+    deepspeed --num_gpus 8 train_sft.py --model_name_or_path facebook/opt-1.3b \\
+        --data_path Dahoas/rm-static --learning_rate 9.65e-6 --num_train_epochs 16 --zero_stage 2
+"""
+import math
+from functools import partial
+
+import torch
+
+from rlhf import args as flags
+from rlhf import data, engine, models
+from rlhf.log import Log, count_tokens, forward_flops
+from rlhf.losses import masked_mean
+
+
+def parse():
+    parser = flags.Parser(__doc__)
+    flags.add_model(parser)
+    parser.add_argument("--train_on_prompt", action="store_true",
+                        help="prompts too, as DeepSpeed-Chat does [ours: responses only]")
+    flags.add_data(parser)
+    parser.add_argument("--sft_only_data_path", nargs="*", default=[],
+                        help="data sets without pairs, used whole by step 1 [DSC]")
+    flags.add_optimiser(parser, learning_rate=1e-3)
+    flags.add_run(parser, "output/sft")
+    return parser.parse_args()
+
+
+def collate(tokenizer, train_on_prompt, rows):
+    """Rows -> a batch; with train_on_prompt everything after a row's first token is response."""
+    if train_on_prompt:
+        rows = [{"prompt": row["prompt"][:1], "chosen": row["prompt"][1:] + row["chosen"]}
+                for row in rows]
+    return data.collate(tokenizer, rows)
+
+
+def train_step(policy, micro_batches):
+    """One optimizer step down the mean negative log-likelihood of its response tokens."""
+    policy.train()
+    denom = engine.global_denom([batch["mask"] for batch in micro_batches])
+    history = []
+    for batch in micro_batches:
+        loss = -masked_mean(models.policy_logprobs(policy, batch), batch["mask"], denom)
+        policy.backward(loss)
+        history.append({"loss": loss.detach(), "grad_norm": engine.step(policy)})
+    return {**engine.summarise(history), "tokens_total": count_tokens(micro_batches),
+            "flops_total": 3 * forward_flops(policy, micro_batches)}
+
+
+@torch.no_grad()
+def evaluate(policy, rows, collate, batch_size):
+    """Perplexity of the held-out responses: exp of the mean negative log-likelihood per token."""
+    policy.eval()
+    sums = []
+    for batch in data.eval_batches(rows, collate, batch_size):
+        logp = models.policy_logprobs(policy, batch).masked_fill(~batch["mask"], 0)
+        sums.append(torch.stack([logp.sum(1), batch["mask"].sum(1)], 1))            # (B, 2)
+    logp, tokens = engine.gather_rows(torch.cat(sums), len(rows)).double().sum(0).tolist()
+    return {"eval_perplexity": math.exp(min(-logp / tokens, 700))}
+
+
+def main():
+    args = parse()
+    flags.check_output_dir(args.output_dir)
+    engine.init(args)
+
+    tokenizer = models.load_tokenizer(args.model_name_or_path)
+    train, held_out = data.load(args, tokenizer, phase=1)
+    to_batch = partial(collate, tokenizer, args.train_on_prompt)
+    cut = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    epoch = data.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
+    total = args.max_steps or epoch * args.num_train_epochs
+
+    policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype))
+    models.check_context(policy, args.model_name_or_path, args.max_seq_len)
+    policy = engine.train_engine(policy, args, args.learning_rate, args.weight_decay,
+                                 args.zero_stage, cut[0], total)
+    engine.seed_ranks(args.seed)
+
+    log = Log(args, total, ("loss", "grad_norm", "lr", "tokens_per_second"), policy)
+    evaluation = partial(evaluate, policy, held_out, to_batch, args.per_device_eval_batch_size)
+    log.evaluation(0, evaluation())
+    for step, micro_batches in data.optimizer_steps(train, to_batch, *cut, args.seed, total):
+        lr = policy.get_lr()[0]
+        metrics = train_step(policy, micro_batches)
+        log.step(step, {**engine.reduce_metrics(metrics), "lr": lr})
+        if step % (args.eval_interval or epoch) == 0 or step == total:
+            log.evaluation(step, evaluation())
+
+    engine.save(policy, tokenizer, args.output_dir)
+    log.close()
+
+
+if __name__ == "__main__":
+    flags.run(main)
