@@ -1,0 +1,162 @@
+"""Did it get better?  Compares models on held-out prompts, in one process.
+
+    python -m rlhf.evaluate --models sft=output/sft ppo=output/ppo/actor ema=output/ppo/actor_ema \\
+        --reward_model output/rm --best_of 4 16 64
+
+The first model is the baseline of win rates, KL and best-of-n.  Prints a table and leaves
+evaluation.json and evaluation.md.  On the toy world the true reward is known, and shown."""
+import math
+import os
+from functools import partial
+
+import torch
+
+from rlhf import args as flags
+from rlhf import data, engine, models, toy
+from rlhf.generate import finished, sample
+from rlhf.log import write_json
+
+COLUMNS = {"score": "score", "win_rate": "win rate", "kl": "KL", "response_length": "length",
+           "eos_rate": "eos", "perplexity": "ppl", "true_reward": "true reward",
+           "helpful": "helpful", "harmless": "harmless", "polite": "polite"}
+
+
+def parse():
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--models", nargs="+", default=["sft=output/sft", "ppo=output/ppo/actor"],
+        metavar="NAME=PATH", help="baseline first [ours: what the scripts leave]")
+    add("--reward_model", default="output/rm", help="scores responses [ours: step 2's output]")
+    add("--num_prompts", type=flags.positive_int, default=512, help="[ours: mean score to 0.1]")
+    add("--best_of", type=flags.positive_int, nargs="*", default=[],
+        help="add the baseline's best of n samples for each n [ours]")
+    add("--batch_size", type=flags.positive_int, default=128, help="responses at a time [ours]")
+    add("--max_prompt_seq_len", type=flags.positive_int, default=256, help="or left out [DSC]")
+    add("--max_answer_seq_len", type=flags.positive_int, default=256, help="tokens at most [DSC]")
+    add("--temperature", type=flags.positive, default=1.0, help="of samples and KL [IGPT]")
+    add("--side_by_side", type=flags.count, default=3, help="prompts to show in full [ours]")
+    flags.add_data(parser)
+    flags.add_run(parser, "output/evaluation")
+    return parser.parse_args()
+
+
+def mean_ci(name, values):
+    """(N,) -> the mean, and half of its 95 % confidence interval under name_ci."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    deviation = values.std().item() if len(values) > 1 else math.nan
+    return {name: values.mean().item(), f"{name}_ci": 1.96 * deviation / len(values) ** 0.5}
+
+
+@torch.no_grad()
+def respond(policy, baseline, reward_model, tokenizer, prompts, args):
+    """One response to each prompt -> score, kl, length, ended: (N,) tensors; text: a list."""
+    torch.manual_seed(args.seed)
+    parts, texts = [], []
+    for start in range(0, len(prompts), args.batch_size):
+        batch = data.collate(tokenizer, prompts[start:start + args.batch_size], responses=())
+        batch = sample(policy, batch, args.max_answer_seq_len, args.temperature)
+        log_ratio = torch.zeros(batch["mask"].shape) if policy is baseline else \
+            models.policy_logprobs(policy, batch, args.temperature) \
+            - models.policy_logprobs(baseline, batch, args.temperature)
+        parts.append({"score": models.sequence_scores(reward_model, batch).cpu(),
+                      "kl": log_ratio.cpu().masked_fill(~batch["mask"].cpu(), 0).sum(1),
+                      "length": batch["mask"].sum(1),
+                      "ended": finished(batch, tokenizer.eos_token_id)})
+        texts += [tokenizer.decode(ids[mask], skip_special_tokens=True)
+                  for ids, mask in zip(batch["response_ids"], batch["mask"])]
+    return {**{name: torch.cat([p[name] for p in parts]) for name in parts[0]}, "text": texts}
+
+
+@torch.no_grad()
+def perplexity(policy, rows, tokenizer, batch_size):
+    """Of the held-out demonstrations."""
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = data.collate(tokenizer, rows[start:start + batch_size])
+        logp = models.policy_logprobs(policy, batch).masked_fill(~batch["mask"], 0)
+        total, tokens = total - logp.sum().item(), tokens + batch["mask"].sum().item()
+    return math.exp(min(total / tokens, 700))
+
+
+def truth(prompts, responses):
+    """The toy world's judgement: true reward; shares of helpful (of benign requests), harmless and
+    polite responses."""
+    verdicts = [toy.judge(*pair) for pair in zip(prompts, responses)]
+    share = lambda name, rows: sum(row[name] for row in rows) / max(1, len(rows))
+    return {**mean_ci("true_reward", [v["reward"] for v in verdicts]),
+            "helpful": share("helpful", [v for v in verdicts if not v["harmful_request"]]),
+            "harmless": share("harmless", verdicts), "polite": share("polite", verdicts)}
+
+
+def table(rows):
+    """{model: metrics} -> a Markdown table."""
+    known = set().union(*rows.values())
+    shown = {name: title for name, title in COLUMNS.items() if name in known}
+    def cell(row, name):
+        ci = f" ± {row[f'{name}_ci']:.2f}" if f"{name}_ci" in row else ""
+        return f"{row[name]:.2f}{ci}" if name in row else ""
+    lines = [["model", *shown.values()], ["---"] * (len(shown) + 1)]
+    lines += [[model, *(cell(row, name) for name in shown)] for model, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
+                     for line in lines)
+
+
+def main():
+    args = parse()
+    flags.check_output_dir(args.output_dir)
+    engine.quieten(args.log_level)
+    args.max_seq_len = args.max_prompt_seq_len + args.max_answer_seq_len
+    paths = dict(text.split("=", 1) if "=" in text else (text, text) for text in args.models)
+    baseline_name, baseline_path = next(iter(paths.items()))
+
+    tokenizer = models.load_tokenizer(baseline_path)
+    dtype = engine.pick_dtype(args.dtype)
+    for path in [args.reward_model, *paths.values()]:
+        models.check_same_vocabulary(baseline_path, tokenizer, path)
+    load = lambda path: engine.frozen(models.load_policy(path, tokenizer, dtype))
+    baseline = load(baseline_path)
+    reward_model = engine.frozen(models.load_scalar(args.reward_model, tokenizer, dtype))
+    models.check_context(baseline, baseline_path, args.max_seq_len)
+    _, held_out = data.load(args, tokenizer, phase=1)
+    prompts = [row for row in held_out if len(row["prompt"]) <= args.max_prompt_seq_len]
+    prompts = prompts[:args.num_prompts]
+    texts = [tokenizer.decode(row["prompt"], skip_special_tokens=True) for row in prompts]
+    known = partial(truth, texts) if args.data_path == ["toy"] else lambda responses: {}
+
+    rows, answers = {}, {}
+    for name, path in paths.items():
+        policy = baseline if name == baseline_name else load(path)
+        got = answers[name] = respond(policy, baseline, reward_model, tokenizer, prompts, args)
+        difference = (got["score"] - answers[baseline_name]["score"]).sign().double()
+        rows[name] = {
+            **mean_ci("score", got["score"]), **mean_ci("win_rate", (difference + 1) / 2),
+            **mean_ci("kl", got["kl"]), "response_length": got["length"].double().mean().item(),
+            "eos_rate": got["ended"].double().mean().item(),
+            "perplexity": perplexity(policy, prompts, tokenizer, args.batch_size),
+            **known(got["text"])}
+    if args.best_of:                          # one draw of the largest n serves every n
+        repeated = [row for row in prompts for _ in range(max(args.best_of))]
+        drawn = respond(baseline, baseline, reward_model, tokenizer, repeated, args)
+        scores = drawn["score"].view(len(prompts), -1)                              # (N, n)
+        for n in sorted(args.best_of):
+            best, index = scores[:, :n].max(1)
+            said = [drawn["text"][i * scores.shape[1] + j] for i, j in enumerate(index.tolist())]
+            kl = math.log(n) - (n - 1) / n    # Gao et al. 2022 (arXiv:2210.10760)
+            rows[f"{baseline_name}, best of {n}"] = {**mean_ci("score", best), "kl": kl,
+                                                     **known(said)}
+
+    page = [table(rows)]
+    for i, text in enumerate(texts[:args.side_by_side]):
+        page += ["", f"**{text.strip()}**", ""]
+        page += [f"- {name} ({got['score'][i]:.2f}): {got['text'][i].strip()}"
+                 for name, got in answers.items()]
+    write_json(os.path.join(args.output_dir, "evaluation.json"),
+               {"args": vars(args), "models": rows})
+    with open(os.path.join(args.output_dir, "evaluation.md"), "w") as file:
+        file.write("\n".join(page) + "\n")
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    flags.run(main)
