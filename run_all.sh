@@ -1,43 +1,50 @@
 #!/usr/bin/env bash
 # SFT -> reward model -> PPO -> evaluation.
 #
-#   bash run_all.sh                 the embedded world: under ten minutes on two CPU cores, no network
-#   ACTOR=facebook/opt-1.3b CRITIC=facebook/opt-350m DATA=Dahoas/rm-static NUM_GPUS=8 bash run_all.sh
-#                                   other models and data: DeepSpeed-Chat's settings for that pair
+#   bash run_all.sh         the embedded world: under ten minutes on two CPU cores, no network
+#   ACTOR=facebook/opt-1.3b CRITIC=facebook/opt-350m DATA=Dahoas/rm-static NUM_GPUS=8 \
+#       bash run_all.sh     other models and data, with DeepSpeed-Chat's settings for that pair
 #
-# Also: OUTPUT (output), SEED (1234), ZERO_STAGE (2 for other models), DTYPE (auto), and SFT_FLAGS, RM_FLAGS,
-# PPO_FLAGS, EVAL_FLAGS, which are added to each command and win over what it sets.
+# Also: OUTPUT (output), SEED (1234), SPLIT (--data_split), ZERO_STAGE (2; other models only), DTYPE
+# (auto); SFT_FLAGS, RM_FLAGS, PPO_FLAGS, EVAL_FLAGS are added to the commands and win over theirs.
 set -euo pipefail
 cd "$(dirname "$0")"
-ACTOR=${ACTOR:-toy} DATA=${DATA:-toy} NUM_GPUS=${NUM_GPUS:-1} OUTPUT=${OUTPUT:-output} SEED=${SEED:-1234}
+ACTOR=${ACTOR:-toy} DATA=${DATA:-toy} NUM_GPUS=${NUM_GPUS:-1}
+OUTPUT=${OUTPUT:-output} SEED=${SEED:-1234} DTYPE=${DTYPE:-auto}
 SFT=$OUTPUT/sft RM=$OUTPUT/rm PPO=$OUTPUT/ppo
 
 if [ "$ACTOR" = toy ]; then
-    CRITIC=${CRITIC:-$SFT}
+    CRITIC=${CRITIC:-$SFT} SPLIT=${SPLIT:-2,6,2}
     sft="--learning_rate 2e-3 --num_warmup_steps 20"
     rm="--learning_rate 3e-4 --num_warmup_steps 20 --per_device_train_batch_size 8
         --per_device_eval_batch_size 64"
-    ppo="--actor_lr 3e-4 --critic_lr 1e-3 --num_warmup_steps 10 --per_device_generation_batch_size 64
-         --per_device_training_batch_size 64 --max_answer_seq_len 48 --max_prompt_seq_len 32 --lr_scheduler_type linear"
-    evaluation="--best_of 4 16 64 --max_answer_seq_len 48 --max_prompt_seq_len 32 --batch_size 512"
+    ppo="--actor_lr 3e-4 --critic_lr 1e-3 --lr_scheduler_type linear --num_warmup_steps 10
+         --per_device_generation_batch_size 64 --per_device_training_batch_size 64
+         --max_prompt_seq_len 32 --max_answer_seq_len 48"
+    evaluation="--best_of 4 16 64 --max_prompt_seq_len 32 --max_answer_seq_len 48 --batch_size 512"
 else
-    CRITIC=${CRITIC:-facebook/opt-350m} ZERO_STAGE=${ZERO_STAGE:-2}
+    CRITIC=${CRITIC:-facebook/opt-350m} SPLIT=${SPLIT:-2,4,4} ZERO_STAGE=${ZERO_STAGE:-2}
     sft="--learning_rate 9.65e-6 --num_train_epochs 16 --per_device_train_batch_size 8
          --per_device_eval_batch_size 8 --zero_stage $ZERO_STAGE"
     rm="--learning_rate 5e-5 --weight_decay 0.1 --per_device_train_batch_size 4
         --per_device_eval_batch_size 4 --zero_stage 0"
-    ppo="--actor_lr 9.65e-6 --critic_lr 5e-6 --num_warmup_steps 100 --per_device_generation_batch_size 4
-         --per_device_training_batch_size 4 --max_answer_seq_len 256 --max_prompt_seq_len 256
+    ppo="--actor_lr 9.65e-6 --critic_lr 5e-6 --num_warmup_steps 100
+         --per_device_generation_batch_size 4 --per_device_training_batch_size 4
+         --max_prompt_seq_len 256 --max_answer_seq_len 256
          --actor_zero_stage $ZERO_STAGE --critic_zero_stage $ZERO_STAGE"
     evaluation="--best_of 4 16 --batch_size 32"
 fi
 
+# Where there is no GPU, DeepSpeed would say so at every start.
+command -v nvidia-smi > /dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 launch() { deepspeed --quiet --num_gpus "$NUM_GPUS" "$@"; }
-common="--data_path $DATA --seed $SEED --dtype ${DTYPE:-auto} --log_interval 50"
+common="--data_path $DATA --data_split $SPLIT --seed $SEED --dtype $DTYPE"
 
-launch train_sft.py --model_name_or_path "$ACTOR" --output_dir "$SFT" $common $sft ${SFT_FLAGS:-}
-launch train_rm.py --model_name_or_path "$CRITIC" --output_dir "$RM" $common $rm ${RM_FLAGS:-}
-launch train_ppo.py --actor_model_name_or_path "$SFT" --critic_model_name_or_path "$RM" --output_dir "$PPO" \
-    --enable_ema $common $ppo ${PPO_FLAGS:-}
-python -m rlhf.evaluate --models sft="$SFT" ppo="$PPO/actor" ema="$PPO/actor_ema" --reward_model "$RM" \
-    --data_path $DATA --seed "$SEED" --dtype "${DTYPE:-auto}" --output_dir "$OUTPUT/evaluation" $evaluation ${EVAL_FLAGS:-}
+launch train_sft.py --model_name_or_path "$ACTOR" --output_dir "$SFT" --log_interval 50 \
+    $common $sft ${SFT_FLAGS:-}
+launch train_rm.py --model_name_or_path "$CRITIC" --output_dir "$RM" --log_interval 50 \
+    $common $rm ${RM_FLAGS:-}
+launch train_ppo.py --actor_model_name_or_path "$SFT" --critic_model_name_or_path "$RM" \
+    --output_dir "$PPO" --enable_ema --log_interval 10 $common $ppo ${PPO_FLAGS:-}
+python -m rlhf.evaluate --models sft="$SFT" ppo="$PPO/actor" ema="$PPO/actor_ema" \
+    --reward_model "$RM" --output_dir "$OUTPUT/evaluation" $common $evaluation ${EVAL_FLAGS:-}

@@ -17,7 +17,8 @@ import torch
 
 from rlhf import args as flags
 from rlhf import data, engine, models
-from rlhf.args import count, fraction, non_negative, open_fraction, positive, positive_int
+from rlhf.args import (count, fraction, non_negative, open_fraction, positive, positive_int,
+                       probability)
 from rlhf.ema import EMA
 from rlhf.generate import finished, sample
 from rlhf.log import Log, count_tokens, forward_flops
@@ -43,7 +44,7 @@ def parse():
     add("--max_prompt_seq_len", type=positive_int, default=256, help="or it is dropped [DSC]")
     add("--max_answer_seq_len", type=positive_int, default=256, help="tokens at most [DSC]")
     add("--temperature", type=positive, default=1.0, help="also of all log-probs [IGPT]")
-    add("--top_p", type=positive, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
+    add("--top_p", type=probability, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
     add("--top_k", type=count, default=0, help="likeliest tokens; 0: all [ours: unbiased]")
     add("--print_answers_interval", type=count, default=50, help="iterations; 0: never [ours]")
     add = parser.add_argument_group("reward").add_argument
@@ -67,7 +68,7 @@ def parse():
     add("--unsupervised_dataset_name", help="text to mix in: toy, a .txt file or a hub id [DSC]")
     add("--unsupervised_dataset_config_name", help="configuration of a hub id [DSC]")
     add("--unsup_coef", type=non_negative, default=27.8, help="weight of that text's loss [IGPT]")
-    flags.add_optimiser(parser, warmup=100)
+    flags.add_training(parser, warmup=100)
     flags.add_run(parser, "output/ppo")
     args = parser.parse_args()
     args.rows = args.per_device_generation_batch_size * args.generation_batches

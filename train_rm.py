@@ -18,7 +18,7 @@ def parse():
     parser = flags.Parser(__doc__)
     flags.add_model(parser)
     flags.add_data(parser)
-    flags.add_optimiser(parser, learning_rate=5e-5)
+    flags.add_training(parser, learning_rate=5e-5)
     flags.add_run(parser, "output/rm")
     return parser.parse_args()
 
@@ -50,7 +50,7 @@ def evaluate(model, rows, collate, batch_size):
     pairs = torch.cat([torch.stack(models.sequence_scores(model, batch).chunk(2), 1)
                        for batch in data.eval_batches(rows, collate, batch_size)])
     found = statistics(*engine.gather_rows(pairs, len(rows)).unbind(1))
-    if "bayes" in rows.column_names:
+    if "bayes" in rows.column_names and None not in rows["bayes"]:
         found["accuracy_ceiling"] = sum(max(p, 1 - p) for p in rows["bayes"]) / len(rows)
     return {f"eval_{name}": float(value) for name, value in found.items()}
 

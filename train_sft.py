@@ -23,7 +23,7 @@ def parse():
     flags.add_data(parser)
     parser.add_argument("--sft_only_data_path", nargs="*", default=[],
                         help="data sets without pairs, used whole by step 1 [DSC]")
-    flags.add_optimiser(parser, learning_rate=1e-3)
+    flags.add_training(parser, learning_rate=1e-3)
     flags.add_run(parser, "output/sft")
     return parser.parse_args()
 

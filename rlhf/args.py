@@ -86,6 +86,7 @@ positive = _number(float, lambda x: 0 < x < INF, "a number above 0")
 non_negative = _number(float, lambda x: 0 <= x < INF, "a number, 0 or more")
 fraction = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 open_fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+probability = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
 def add_model(parser):
@@ -93,9 +94,9 @@ def add_model(parser):
                         help="toy, a model folder or a hub id [ours: runs without network]")
 
 
-def add_data(parser, path="toy"):
+def add_data(parser):
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", nargs="+", default=[path],
+    add("--data_path", nargs="+", default=["toy"],
         help="toy, hub ids, .jsonl files (.gz too), folders with train and test files "
              "[ours: runs without network]")
     add("--data_split", default="2,4,4",
@@ -108,9 +109,9 @@ def add_data(parser, path="toy"):
         help="held-out rows to evaluate on, at most [ours: accuracy to one point]")
 
 
-def add_optimiser(parser, learning_rate=None, warmup=0):
-    """The optimiser's flags; step 3 passes no learning_rate and declares one for each model."""
-    add = parser.add_argument_group("optimiser").add_argument
+def add_training(parser, learning_rate=None, warmup=0):
+    """What the scripts share; step 3 passes no learning_rate and has its own flags instead."""
+    add = parser.add_argument_group("training").add_argument
     if learning_rate is not None:
         add("--learning_rate", "--lr", type=non_negative, default=learning_rate,
             help="peak learning rate [DSC]")
@@ -134,6 +135,11 @@ def add_optimiser(parser, learning_rate=None, warmup=0):
     add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")
     add("--max_steps", type=count, default=0,
         help="optimizer steps (step 3: iterations) in all, 0: whole epochs [ours: short runs]")
+    add("--log_interval", type=positive_int, default=10, help="steps a line [ours: readable]")
+    add("--enable_tensorboard", action="store_true", help="through DeepSpeed's monitor [DSC]")
+    add("--tensorboard_path", default=None, help="OUTPUT_DIR/tensorboard unless given [DSC]")
+    add("--local_rank", type=int, default=-1, help="set by the launcher [DSC]")
+    add("--deepspeed", action="store_true", help="accepted: DeepSpeed is always on [DSC]")
 
 
 def add_run(parser, output_dir):
@@ -142,13 +148,8 @@ def add_run(parser, output_dir):
     add("--seed", type=count, default=1234, help="of everything random, in all steps [DSC]")
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 on a GPU that has it, else fp32 [ours: fp16 overflows]")
-    add("--log_interval", type=positive_int, default=10, help="steps a line [ours: readable]")
     add("--log_level", choices=("debug", "info", "warning", "error"), default="error",
         help="of the libraries' own messages [ours: a terminal to read]")
-    add("--enable_tensorboard", action="store_true", help="through DeepSpeed's monitor [DSC]")
-    add("--tensorboard_path", default=None, help="OUTPUT_DIR/tensorboard unless given [DSC]")
-    add("--local_rank", type=int, default=-1, help="set by the launcher [DSC]")
-    add("--deepspeed", action="store_true", help="accepted: DeepSpeed is always on [DSC]")
 
 
 def split_shares(text):

@@ -1,48 +1,89 @@
 """Small models and tokenizers of several families, made here; and a runner for the real scripts."""
+
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"                      # before the libraries read it
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast,
-                          Qwen2Config)
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 FAMILIES = {
-    "opt": lambda v: OPTConfig(vocab_size=v, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
-                               max_position_embeddings=64, word_embed_proj_dim=8, dropout=0.1),
+    "opt": lambda v: OPTConfig(
+        vocab_size=v,
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=8,
+        dropout=0.1,
+    ),
     "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=16, n_layer=2, n_head=2, n_positions=64),
-    "llama": lambda v: LlamaConfig(vocab_size=v, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                   num_attention_heads=2, max_position_embeddings=64),
-    "gpt_neox": lambda v: GPTNeoXConfig(vocab_size=v, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                        num_attention_heads=2, max_position_embeddings=64),
-    "qwen2": lambda v: Qwen2Config(vocab_size=v, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                   num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64),
+    "llama": lambda v: LlamaConfig(
+        vocab_size=v,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    ),
+    "gpt_neox": lambda v: GPTNeoXConfig(
+        vocab_size=v,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    ),
+    "qwen2": lambda v: Qwen2Config(
+        vocab_size=v,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    ),
 }
-# How the special tokens of real tokenizers lie: pad apart, none, pad shared with eos, and OPT's bos shared with eos.
-SPECIALS = {"own pad": {"eos_token": "</s>", "pad_token": "<pad>"}, "no pad": {"eos_token": "</s>"},
-            "pad is eos": {"eos_token": "</s>", "pad_token": "</s>"},
-            "bos is eos": {"eos_token": "</s>", "bos_token": "</s>", "pad_token": "<pad>"},
-            "unk": {"eos_token": "</s>", "unk_token": "<unk>"}}
+# How real tokenizers lay out special tokens; "bos is eos" is OPT's way.
+SPECIALS = {
+    "own pad": {"eos_token": "</s>", "pad_token": "<pad>"},
+    "no pad": {"eos_token": "</s>"},
+    "pad is eos": {"eos_token": "</s>", "pad_token": "</s>"},
+    "bos is eos": {"eos_token": "</s>", "bos_token": "</s>", "pad_token": "<pad>"},
+    "unk": {"eos_token": "</s>", "unk_token": "<unk>"},
+}
 WORDS = [f"w{i}" for i in range(30)]
 
 
 def make_tokenizer(specials="own pad", family=None):
-    """A token a word; byte-level BPE for Qwen2, whose class Transformers loads whatever the folder says."""
+    """A token a word; byte-level BPE for Qwen2, whose class Transformers loads whatever the folder
+    says."""
     words = ["<unk>", "<pad>", "</s>"]
     if family == "qwen2":
         backend = Tokenizer(tokenizer_models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=words, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=350, special_tokens=words, initial_alphabet=alphabet, show_progress=False
+        )
         backend.train_from_iterator([f" {word}" for word in WORDS] * 9, trainer)
     else:
         vocabulary = {word: index for index, word in enumerate(words + WORDS)}
@@ -53,27 +94,51 @@ def make_tokenizer(specials="own pad", family=None):
 
 @pytest.fixture
 def model_folder(tmp_path):
-    """model_folder(family, specials) -> a saved causal language model with its tokenizer, as people download them."""
+    """model_folder(family, specials) -> a saved causal language model with its tokenizer, as people
+    download them."""
+
     def make(family="llama", specials="own pad", name="start", seed=0):
         torch.manual_seed(seed)
         tokenizer = make_tokenizer(specials, family)
         model = AutoModelForCausalLM.from_config(FAMILIES[family](len(tokenizer)))
-        model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        model.config.pad_token_id, model.config.eos_token_id = (
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+        )
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         return str(tmp_path / name)
+
     return make
 
 
 def run_script(script, *flags, ranks=1, launcher="python", timeout=240, env=None):
     """Run a script as a user does -> CompletedProcess."""
     port = str(29500 + os.getpid() % 1000)
-    start = {"python": [sys.executable],
-             "torchrun": [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"],
-             "deepspeed": [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--quiet", f"--num_gpus={ranks}",
-                           f"--master_port={port}"]}[launcher]
-    return subprocess.run([*start, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, **(env or {})})
+    start = {
+        "python": [sys.executable],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            f"--master_port={port}",
+        ],
+        "deepspeed": [
+            os.path.join(os.path.dirname(sys.executable), "deepspeed"),
+            "--quiet",
+            f"--num_gpus={ranks}",
+            f"--master_port={port}",
+        ],
+    }[launcher]
+    return subprocess.run(
+        [*start, script, *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def metrics(folder):

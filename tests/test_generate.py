@@ -1,4 +1,6 @@
-"""Samples come from the policy: from its distribution, masked to their first end, with log-probs the training forward agrees on."""
+"""Samples come from the policy: from its distribution, masked to their first end, with log-probs
+the training forward agrees on."""
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ def policy(model_folder):
         folder = model_folder(family, specials)
         tokenizer = models.load_tokenizer(folder)
         return models.load_policy(folder, tokenizer).eval(), tokenizer
+
     return make
 
 
@@ -31,29 +34,34 @@ def test_the_mask_ends_with_the_first_end_of_sequence_token(policy, family, spec
     for ids, mask, end in zip(batch["response_ids"], batch["mask"], ended):
         length = mask.sum().item()
         assert mask[:length].all() and 1 <= length <= 20
-        assert (ids[:length - 1] != tokenizer.eos_token_id).all()
+        assert (ids[: length - 1] != tokenizer.eos_token_id).all()
         assert end == (ids[length - 1] == tokenizer.eos_token_id) and (end or length == 20)
 
 
-@pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.6)])
+@pytest.mark.parametrize(
+    "temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.6)]
+)
 def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top_p):
-    """Chi-square of first tokens against the exact, truncated and renormalised softmax; the folder's own generation
-    settings (a model that penalises repetition and samples from its top 3) must have no say."""
+    """Chi-square of first tokens against the exact, truncated and renormalised softmax; the
+    folder's own generation settings (a model that penalises repetition and samples from its top 3)
+    must have no say."""
     model, tokenizer = policy()
     model.generation_config.repetition_penalty, model.generation_config.top_k = 5.0, 3
     model.generation_config.min_new_tokens = 4
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(3)                                             # a less uniform distribution
+            p.mul_(3)  # a less uniform distribution
     prompt, draws = [3, 4, 5], 20000
     probs = (model(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(0)
     order = probs.argsort(descending=True)
-    keep = order[:top_k or len(probs)]
+    keep = order[: top_k or len(probs)]
     keep = keep[(probs[keep].cumsum(0) - probs[keep]) < top_p]
     expected = torch.zeros_like(probs).index_copy(0, keep, probs[keep])
     expected = draws * expected / expected.sum()
     torch.manual_seed(0)
-    got = sample(model, prompts(tokenizer, *[prompt] * draws), 1, temperature, top_p, top_k)["response_ids"][:, 0]
+    got = sample(model, prompts(tokenizer, *[prompt] * draws), 1, temperature, top_p, top_k)[
+        "response_ids"
+    ][:, 0]
     counts = torch.bincount(got, minlength=len(probs)).double()
     assert counts[expected == 0].sum() == 0
     cells = expected > 5
@@ -64,13 +72,20 @@ def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_and_training_agree_on_the_log_probs(policy, family):
-    """The decoder's own scores of what it sampled, left-padded, against the training forward: a masked bos or shifted
-    positions would show here."""
+    """The decoder's own scores of what it sampled, left-padded, against the training forward: a
+    masked bos or shifted positions would show here."""
     model, tokenizer = policy(family, "bos is eos")
     batch = prompts(tokenizer, [2, 3, 4, 5, 6], [2, 7], [8, 9, 10])
     torch.manual_seed(0)
-    out = model.generate(batch["prompt_ids"], attention_mask=batch["prompt_mask"].long(), max_new_tokens=6, top_k=0,
-                         do_sample=True, output_logits=True, return_dict_in_generate=True)
+    out = model.generate(
+        batch["prompt_ids"],
+        attention_mask=batch["prompt_mask"].long(),
+        max_new_tokens=6,
+        top_k=0,
+        do_sample=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     torch.manual_seed(0)
     drawn = sample(model, batch, 6)
     response = out.sequences[:, 5:]

@@ -1,17 +1,25 @@
 """Models load, score, save and load again, in every family and with every kind of tokenizer."""
-import json
+
 import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from rlhf import data, models
 from rlhf.args import InputError
-from tests.conftest import FAMILIES, SPECIALS, WORDS
+from tests.conftest import FAMILIES, SPECIALS
 
-ROWS = [{"prompt": list(range(3, 3 + n)), "chosen": [5 + n] * r + [2]} for n, r in ((1, 4), (6, 1), (3, 2))]
+ROWS = [
+    {"prompt": list(range(3, 3 + n)), "chosen": [5 + n] * r + [2]}
+    for n, r in ((1, 4), (6, 1), (3, 2))
+]
 
 
 def scalar(folder, **kwargs):
@@ -21,26 +29,42 @@ def scalar(folder, **kwargs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("specials", SPECIALS)
-def test_a_reward_model_gives_the_same_score_in_transformers(model_folder, tmp_path, family, specials):
+def test_a_reward_model_gives_the_same_score_in_transformers(
+    model_folder, tmp_path, family, specials
+):
     model, tokenizer = scalar(model_folder(family, specials))
     folder = str(tmp_path / "saved")
     models.save_model(model, tokenizer, folder)
 
     texts = [("w1 w2 w3", " w4 w5"), ("w7", " w8 w9 w10 w11"), ("w3 w1", " w2")]
-    rows = [data.tokenise({"prompt": p, "chosen": r, "rejected": None}, tokenizer, 32, None) for p, r in texts]
+    rows = [
+        data.tokenise({"prompt": p, "chosen": r, "rejected": None}, tokenizer, 32, None)
+        for p, r in texts
+    ]
     ours = models.sequence_scores(model, data.collate(tokenizer, rows))
-    theirs, their_tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    theirs, their_tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     their_tokenizer.padding_side = "right"
-    batch = their_tokenizer([p + r + tokenizer.eos_token for p, r in texts], padding=True, return_tensors="pt")
-    assert batch["attention_mask"].sum(1).tolist() == [len(row["prompt"]) + len(row["chosen"]) for row in rows]
-    got = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(1)
+    batch = their_tokenizer(
+        [p + r + tokenizer.eos_token for p, r in texts], padding=True, return_tensors="pt"
+    )
+    assert batch["attention_mask"].sum(1).tolist() == [
+        len(row["prompt"]) + len(row["chosen"]) for row in rows
+    ]
+    got = theirs(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits.squeeze(1)
     assert torch.allclose(got, ours, atol=1e-5), (got, ours)
     assert ours.std() > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("specials", SPECIALS)
-def test_a_policy_opens_in_transformers_with_tokenizer_and_generation_config(model_folder, tmp_path, family, specials):
+def test_a_policy_opens_in_transformers_with_tokenizer_and_generation_config(
+    model_folder, tmp_path, family, specials
+):
     start = model_folder(family, specials)
     tokenizer = models.load_tokenizer(start)
     policy, folder = models.load_policy(start, tokenizer).eval(), str(tmp_path / "saved")
@@ -49,23 +73,36 @@ def test_a_policy_opens_in_transformers_with_tokenizer_and_generation_config(mod
     assert torch.equal(theirs(ids).logits, policy(ids).logits)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
     settings = GenerationConfig.from_pretrained(folder)
-    assert settings.eos_token_id == tokenizer.eos_token_id and settings.pad_token_id == tokenizer.pad_token_id
+    assert (
+        settings.eos_token_id == tokenizer.eos_token_id
+        and settings.pad_token_id == tokenizer.pad_token_id
+    )
     assert settings.do_sample and settings.pad_token_id != settings.eos_token_id
     assert not [name for name in os.listdir(folder) if name.startswith(".saving")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_company_change_no_number(model_folder, family):
-    """One row alone, in a batch that pads it left and right, and with more padding still: the same log-probs,
-    values and score; whatever token pads."""
+    """One row alone, in a batch that pads it left and right, and with more padding still: the same
+    log-probs, values and score; whatever token pads."""
     folder = model_folder(family)
     model, tokenizer = scalar(folder)
     policy = models.load_policy(folder, tokenizer).eval()
     together = data.collate(tokenizer, ROWS)
-    wider = {name: torch.nn.functional.pad(x, (3, 0) if name.startswith("prompt") else (0, 2)) for name, x in together.items()}
-    other_pad = {**together, "prompt_ids": together["prompt_ids"].masked_fill(~together["prompt_mask"], 2),
-                 "response_ids": together["response_ids"].masked_fill(~together["mask"], 2)}
-    for function, net in ((models.policy_logprobs, policy), (models.state_values, model), (models.sequence_scores, model)):
+    wider = {
+        name: torch.nn.functional.pad(x, (3, 0) if name.startswith("prompt") else (0, 2))
+        for name, x in together.items()
+    }
+    other_pad = {
+        **together,
+        "prompt_ids": together["prompt_ids"].masked_fill(~together["prompt_mask"], 2),
+        "response_ids": together["response_ids"].masked_fill(~together["mask"], 2),
+    }
+    for function, net in (
+        (models.policy_logprobs, policy),
+        (models.state_values, model),
+        (models.sequence_scores, model),
+    ):
         for index, row in enumerate(ROWS):
             alone, length = function(net, data.collate(tokenizer, [row]))[0], len(row["chosen"])
             for batch in (together, wider, other_pad):
@@ -76,7 +113,8 @@ def test_padding_and_company_change_no_number(model_folder, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_and_values_stand_at_the_actions(model_folder, family):
-    """logp[t] is that of response token t given what precedes it; values[t] is the head's output before that token."""
+    """logp[t] is that of response token t given what precedes it; values[t] is the head's output
+    before that token."""
     folder = model_folder(family)
     model, tokenizer = scalar(folder)
     policy, row = models.load_policy(folder, tokenizer).eval(), ROWS[2]
@@ -85,8 +123,12 @@ def test_log_probs_and_values_stand_at_the_actions(model_folder, family):
     hidden = model.classifier.base_model(ids)[0]
     scores, batch = model.classifier.score(hidden)[0, :, 0], data.collate(tokenizer, [row])
     for t, token in enumerate(row["chosen"]):
-        assert models.policy_logprobs(policy, batch)[0, t].item() == pytest.approx(logp[prompt + t - 1, token].item(), abs=1e-5)
-        assert models.state_values(model, batch)[0, t].item() == pytest.approx(scores[prompt + t - 1].item(), abs=1e-5)
+        assert models.policy_logprobs(policy, batch)[0, t].item() == pytest.approx(
+            logp[prompt + t - 1, token].item(), abs=1e-5
+        )
+        assert models.state_values(model, batch)[0, t].item() == pytest.approx(
+            scores[prompt + t - 1].item(), abs=1e-5
+        )
     assert models.sequence_scores(model, batch).item() == pytest.approx(scores[-1].item(), abs=1e-5)
 
 
@@ -94,7 +136,9 @@ def test_a_critic_loads_strictly_from_a_reward_model_folder(model_folder, tmp_pa
     model, tokenizer = scalar(model_folder())
     models.save_model(model, tokenizer, str(tmp_path / "rm"))
     again = models.load_scalar(str(tmp_path / "rm"), tokenizer)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
+    )
 
 
 def damage(folder, change):
@@ -124,12 +168,18 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
     hurt = model_folder(name="hurt")
     damage(hurt, drop("model.layers.1.mlp.up_proj.weight"))
     assert "model.layers.1.mlp.up_proj.weight" in message(models.load_policy, hurt, tokenizer)
-    assert "model.layers.1.mlp.up_proj.weight" in message(models.load_scalar, hurt, tokenizer, new_head=True)
+    assert "model.layers.1.mlp.up_proj.weight" in message(
+        models.load_scalar, hurt, tokenizer, new_head=True
+    )
     shape = model_folder(name="shape")
     damage(shape, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
-    assert "model.norm.weight has shape (7,), but its config.json asks for (16,)" in message(models.load_policy, shape, tokenizer)
+    assert "model.norm.weight has shape (7,), but its config.json asks for (16,)" in message(
+        models.load_policy, shape, tokenizer
+    )
     extra = model_folder(name="extra")
-    damage(extra, lambda weights: weights.update({"model.layers.9.mlp.up_proj.weight": torch.ones(7)}))
+    damage(
+        extra, lambda weights: weights.update({"model.layers.9.mlp.up_proj.weight": torch.ones(7)})
+    )
     assert "1 unexpected weight(s), model.layers.9" in message(models.load_policy, extra, tokenizer)
     bare = model_folder(name="bare")
     os.remove(os.path.join(bare, "model.safetensors"))
@@ -143,7 +193,9 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
         text = file.read()
     with open(os.path.join(strange, "tokenizer.json"), "w") as file:
         file.write(text.replace('"w29"', '"other"'))
-    assert "different vocabularies" in message(models.check_same_vocabulary, good, tokenizer, strange)
+    assert "different vocabularies" in message(
+        models.check_same_vocabulary, good, tokenizer, strange
+    )
     models.check_same_vocabulary(good, tokenizer, good)
     policy = models.load_policy(good, tokenizer)
     assert "64-token context" in message(models.check_context, policy, good, 65)
@@ -156,23 +208,38 @@ def test_an_interrupted_save_leaves_the_previous_model(model_folder, tmp_path, m
     policy, folder = models.load_policy(start, tokenizer), str(tmp_path / "saved")
     models.save_model(policy, tokenizer, folder)
     before = {name: open(os.path.join(folder, name), "rb").read() for name in os.listdir(folder)}
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        type(tokenizer),
+        "save_pretrained",
+        lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")),
+    )
     with torch.no_grad():
         policy.lm_head.weight.zero_()
     with pytest.raises(OSError, match="disk full"):
         models.save_model(policy, tokenizer, folder)
-    assert {name: open(os.path.join(folder, name), "rb").read() for name in os.listdir(folder)} == before
+    assert {
+        name: open(os.path.join(folder, name), "rb").read() for name in os.listdir(folder)
+    } == before
 
 
 def test_the_real_language_model_loads_and_keeps_its_vocabulary():
     from tests.conftest import SHARED
+
     folder = SHARED / "stories260K"
     if not folder.is_dir():
         pytest.skip("the real model is not here")
     tokenizer = models.load_tokenizer(str(folder))
     policy = models.load_policy(str(folder), tokenizer).eval()
     assert policy.get_input_embeddings().weight.shape[0] == 512 and tokenizer.pad_token == "<unk>"
-    row = data.tokenise({"prompt": "Once upon a time, there was a little girl", "chosen": " named Lily.", "rejected": None},
-                        tokenizer, 64, None)
+    row = data.tokenise(
+        {
+            "prompt": "Once upon a time, there was a little girl",
+            "chosen": " named Lily.",
+            "rejected": None,
+        },
+        tokenizer,
+        64,
+        None,
+    )
     assert tokenizer.decode(row["chosen"], skip_special_tokens=True) == "named Lily."
     assert models.policy_logprobs(policy, data.collate(tokenizer, [row]))[0, :-1].mean() > -1

@@ -1,0 +1,407 @@
+"""The scripts as people run them: every launcher, one rank and two, short runs, bad input."""
+
+import gzip
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import train_ppo
+import train_rm
+import train_sft
+from rlhf import args as flags
+from tests.conftest import SHARED, metrics, run_script, write_jsonl
+
+SMALL = dict(max_eval_rows=40, log_interval=1, max_seq_len=32)
+METRICS = """step score kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
+    policy_loss value_loss value_clip_frac explained_variance return_mean advantage_mean
+    response_length eos_rate actor_grad_norm critic_grad_norm actor_lr critic_lr seconds
+    seconds_generate seconds_score seconds_train tokens_per_second tflops first_ratio_error_max"""
+
+
+def to_flags(**settings):
+    """lr=1, enable_ema=True -> --lr 1 --enable_ema."""
+    pairs = [[f"--{name}"] + ([] if value is True else [value]) for name, value in settings.items()]
+    return [str(text) for pair in pairs for text in pair]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(script, flags) runs a script's main() in this process -> exit code, its stderr."""
+
+    def run(script, *arguments, **settings):
+        settings = {"data_output_path": tmp_path / "cache", **settings}
+        monkeypatch.setattr(
+            sys, "argv", [f"{script.__name__}.py", *arguments, *to_flags(**settings)]
+        )
+        code = 0
+        try:
+            flags.run(script.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def world(tmp_path, model_folder):
+    """A tiny actor, and a data set whose preferred responses begin with w1."""
+
+    def pair(i):
+        prompt = f"w{i % 30} w{i // 30} w{i % 7}"
+        return {"prompt": prompt, "chosen": f" w1 w{i % 11}", "rejected": f" w2 w{i % 13}"}
+
+    (tmp_path / "pairs").mkdir()
+    write_jsonl(tmp_path / "pairs" / "train.jsonl", [pair(i) for i in range(400)])
+    write_jsonl(tmp_path / "pairs" / "test.jsonl", [pair(i) for i in range(400, 440)])
+    data = str(tmp_path / "pairs")
+    return {"data": data, "actor": model_folder("llama"), "out": tmp_path / "out"}
+
+
+@pytest.fixture
+def start(world):
+    """What steps 1 and 2 are started with."""
+    return dict(model_name_or_path=world["actor"], data_path=world["data"], **SMALL)
+
+
+@pytest.fixture
+def reward_model(world, start, call):
+    code, error = call(train_rm, **start, lr=5e-3, output_dir=world["out"] / "rm")
+    assert code == 0, error
+    return str(world["out"] / "rm")
+
+
+@pytest.fixture
+def ppo(world, reward_model):
+    """ppo(name, flags) -> step 3's flags, to write to folder `name`."""
+
+    def make(name, **changes):
+        rows = dict(per_device_generation_batch_size=16, per_device_training_batch_size=16)
+        lengths = dict(max_prompt_seq_len=16, max_answer_seq_len=8)
+        paths = dict(
+            actor_model_name_or_path=world["actor"],
+            critic_model_name_or_path=reward_model,
+            data_path=world["data"],
+            output_dir=world["out"] / name,
+        )
+        return {**paths, **rows, **lengths, "num_warmup_steps": 0, "max_steps": 3, **changes}
+
+    return make
+
+
+def weights(folder):
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+# learning
+
+
+def test_sft_overfits_eight_rows_and_the_saved_model_is_the_trained_one(world, call, tmp_path):
+    rows = [
+        {"prompt": f"w{i} w{i + 1}", "response": f" w{2 * i} w{i + 9} w{i + 3}"} for i in range(8)
+    ]
+    (tmp_path / "eight").mkdir()
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "eight" / f"{split}.jsonl", rows)
+    eight = dict(
+        data_path=tmp_path / "eight", data_split="1,0,0", per_device_train_batch_size=8, **SMALL
+    )
+    first, again = world["out"] / "sft", world["out"] / "again"
+    long = dict(num_train_epochs=150, eval_interval=150)
+    code, error = call(
+        train_sft, **eight, **long, model_name_or_path=world["actor"], lr=1e-2, output_dir=first
+    )
+    assert code == 0, error
+    before, *_, after = [r["eval_perplexity"] for r in metrics(first) if "eval_perplexity" in r]
+    assert before > 20 and after < 1.1
+    call(train_sft, **eight, model_name_or_path=first, lr=0, max_steps=1, output_dir=again)
+    assert metrics(again)[0]["eval_perplexity"] == pytest.approx(after, rel=1e-5)
+    assert json.load(open(first / "args.json"))["num_train_epochs"] == 150
+
+
+def test_training_on_prompts_too_makes_prompts_likelier(world, start, call):
+    ids = torch.tensor([[3, 3, 3], [4, 3, 4], [5, 3, 5]])  # prompts of the data: w0 w0 w0, ...
+    logp = {}
+    for name, extra in (("responses", {}), ("both", {"train_on_prompt": True})):
+        folder = world["out"] / name
+        code, error = call(
+            train_sft, **start, **extra, lr=1e-2, num_train_epochs=5, output_dir=folder
+        )
+        assert code == 0, error
+        logp[name] = -AutoModelForCausalLM.from_pretrained(folder)(ids, labels=ids).loss
+    assert logp["both"] > logp["responses"] + 0.3
+
+
+def test_a_reward_model_separates_separable_pairs(reward_model):
+    last = [row for row in metrics(reward_model) if "eval_accuracy" in row][-1]
+    assert last["eval_accuracy"] > 0.95 and last["eval_margin"] > 1
+    difference = last["eval_chosen_score"] - last["eval_rejected_score"]
+    assert last["eval_margin"] == pytest.approx(difference, abs=1e-4)
+    opened = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    assert opened.config.num_labels == 1
+
+
+def test_ppo_raises_the_score_and_leaves_everything_a_run_should(world, ppo, call):
+    rows = dict(
+        generation_batches=2, gradient_accumulation_steps=2, per_device_training_batch_size=8
+    )
+    shown = dict(print_answers_interval=10, enable_tensorboard=True)
+    rates = dict(actor_lr=5e-3, critic_lr=5e-3, kl_coef=0.01, ppo_epochs=2, num_train_epochs=5)
+    code, error = call(
+        train_ppo, **ppo("ppo", max_steps=25, enable_ema=True, **rows, **shown, **rates)
+    )
+    assert code == 0, error
+    folder = world["out"] / "ppo"
+    rows = metrics(folder)
+    assert rows[-1]["score"] > rows[0]["score"] + 1 and rows[-1]["kl"] > rows[0]["kl"]
+    assert len(rows) == 25 and all(set(row) == set(METRICS.split()) for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert max(row["first_ratio_error_max"] for row in rows) < 1e-5
+    assert max(row["ratio_max"] for row in rows) > 1.01
+    begun, actor, ema = map(weights, (world["actor"], folder / "actor", folder / "actor_ema"))
+
+    def distance(a):
+        return sum((a[n].double() - begun[n]).square().sum() for n in begun).sqrt()
+
+    assert 0 < distance(ema) < distance(actor)
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "critic")
+    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    assert len(samples) == 3 * 32
+    assert set(samples[0]) == {"step", "prompt", "response", "score", "kl"}
+    assert list((folder / "tensorboard").rglob("events.out*"))
+
+
+# the ratio
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.7, "top_k": 5}, {"dtype": "bf16"}])
+def test_without_learning_every_ratio_is_one_whatever_the_minibatches(world, ppo, call, changes):
+    cut = dict(per_device_training_batch_size=4, gradient_accumulation_steps=3)
+    still = dict(actor_lr=0, critic_lr=0, ppo_epochs=3, generation_batches=3)
+    code, error = call(train_ppo, **ppo("still", **cut, **still, **changes))
+    assert code == 0, error
+    tolerance = 2e-2 if "dtype" in changes else 1e-5
+    for row in metrics(world["out"] / "still"):
+        assert abs(row["ratio_max"] - 1) < tolerance and abs(row["ratio_min"] - 1) < tolerance
+        assert row["first_ratio_error_max"] < tolerance and row["clip_frac"] == 0
+        assert abs(row["kl"]) < tolerance
+
+
+def test_dropout_in_a_models_config_does_not_reach_step_3(world, ppo, call):
+    path = os.path.join(world["actor"], "config.json")
+    with open(path) as file:
+        config = json.load(file)
+    with open(path, "w") as file:
+        json.dump({**config, "attention_dropout": 0.5}, file)
+    assert call(train_ppo, **ppo("dry", max_steps=1))[0] == 0
+    assert metrics(world["out"] / "dry")[0]["first_ratio_error_max"] < 1e-5
+
+
+def test_the_unsupervised_mix_keeps_text_likely(world, ppo, call, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(["w5 w6 w7 w8 w9 w10"] * 400))
+    text = dict(unsupervised_dataset_name=tmp_path / "text.txt", max_steps=10, actor_lr=5e-3)
+    code, error = call(train_ppo, **ppo("ptx", **text))
+    assert code == 0, error
+    rows = metrics(world["out"] / "ptx")
+    assert rows[-1]["unsup_loss"] < rows[0]["unsup_loss"] - 0.5
+
+
+def test_a_missing_end_of_sequence_is_penalised(world, ppo, call):
+    for name, penalty in (("free", 0), ("priced", 3)):
+        price = dict(missing_eos_penalty=penalty, clip_reward=1000, kl_coef=0, max_steps=1)
+        assert call(train_ppo, **ppo(name, **price))[0] == 0
+    free, priced = (metrics(world["out"] / name)[0] for name in ("free", "priced"))
+    assert free["score"] == priced["score"] and 0 < free["eos_rate"] < 1
+    cut_short = 1 - free["eos_rate"]
+    assert priced["reward"] == pytest.approx(free["reward"] - 3 * cut_short, abs=1e-5)
+
+
+# launchers and ranks
+
+
+def same(one, two, names):
+    for name in names:
+        assert one[name] == pytest.approx(two[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("script,launcher", [(train_sft, "torchrun"), (train_rm, "deepspeed")])
+def test_two_ranks_with_half_the_batch_take_the_same_step(
+    start, world, call, tmp_path, script, launcher
+):
+    rows = [
+        {
+            "prompt": "w1 " * (1 + i % 9),
+            "chosen": " w2" * (1 + i % 5),
+            "rejected": " w3" * (1 + i % 3),
+        }
+        for i in range(100)
+    ]
+    ragged = write_jsonl(tmp_path / "ragged.jsonl", rows)
+    start.update(data_path=ragged, data_output_path=tmp_path / "cache", max_steps=2)
+    one, two = world["out"] / "one", world["out"] / "two"
+    assert call(script, **start, per_device_train_batch_size=8, output_dir=one)[0] == 0
+
+    env = {"DS_ACCELERATOR": "cpu"}
+    if launcher == "torchrun":  # no compiler in sight, and nothing that an earlier run compiled
+        env["PATH"] = os.path.dirname(sys.executable)
+        env["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
+    cut = to_flags(per_device_train_batch_size=2, gradient_accumulation_steps=2, output_dir=two)
+    name = f"{script.__name__}.py"
+    done = run_script(name, *to_flags(**start), *cut, ranks=2, launcher=launcher, env=env)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics(one), metrics(two)
+    assert [set(row) for row in one] == [set(row) for row in two] and len(one) == 4
+    for i in (1, 2):
+        same(one[i], two[i], {"loss", "grad_norm", "accuracy", "margin"} & set(one[i]))
+    for i in (0, 3):  # evaluations
+        same(one[i], two[i], one[i])
+    # and the terminal holds our lines only
+    lines = done.stdout.splitlines()
+    assert all(line.startswith(("step ", str(tmp_path))) for line in lines), done.stdout
+    assert launcher == "torchrun" or not done.stderr.strip(), done.stderr
+
+
+def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, tmp_path):
+    """--top_k 1 makes the rollouts alike.  Actor under ZeRO-3, critic under ZeRO-2, with EMA."""
+    common = dict(top_k=1, max_steps=1, data_output_path=tmp_path / "cache", log_interval=1)
+    rates = dict(enable_ema=True, ema_decay=0.5, actor_lr=1e-3, critic_lr=1e-3)
+    assert call(train_ppo, **ppo("one", **common, **rates))[0] == 0
+    cut = dict(
+        per_device_generation_batch_size=8,
+        per_device_training_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    zero = dict(actor_zero_stage=3, critic_zero_stage=2)
+    done = run_script(
+        "train_ppo.py",
+        *to_flags(**ppo("two", **common, **rates, **zero, **cut)),
+        ranks=2,
+        launcher="deepspeed",
+        env={"DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = world["out"] / "one", world["out"] / "two"
+    names = "actor_grad_norm critic_grad_norm value_loss score return_mean explained_variance"
+    same(metrics(one)[0], metrics(two)[0], names.split())
+    assert metrics(two)[0]["first_ratio_error_max"] < 1e-5
+    for name in ("actor", "actor_ema", "critic"):
+        a, b = weights(one / name), weights(two / name)
+        # Adam moves a weight whose gradient is only rounding by a whole step: compare means
+        assert set(a) == set(b) and all((a[n] - b[n]).abs().mean() < 2e-5 for n in a)
+    begun, actor, ema = map(weights, (world["actor"], two / "actor", two / "actor_ema"))
+    assert all(torch.allclose(ema[n], (begun[n] + actor[n]) / 2, atol=1e-6) for n in ema)
+    assert not torch.equal(begun["lm_head.weight"], actor["lm_head.weight"])
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    "script,arguments,expected",
+    [
+        (train_sft, "--lr -1", "--learning_rate/--lr: must be a number, 0 or more, not -1"),
+        (train_sft, "--per_device_train_batch_size 0", "must be a whole number above 0, not 0"),
+        (train_rm, "--num_train_epochs many", "must be a whole number above 0, not many"),
+        (train_rm, "--num_padding_at_beginning 1", "scores are read at the last real token"),
+        (train_ppo, "--compute_fp32_loss", "log-probs and losses are always fp32"),
+        (train_ppo, "--actor_dropout=0.0", "step 3 runs without dropout"),
+        (train_ppo, "--kl_koef 1", "--kl_koef: no such flag"),
+        (train_ppo, "--lam 2", "must be a number from 0 to 1"),
+        (train_ppo, "--top_p 0", "must be a number above 0, at most 1"),
+        (train_ppo, "--per_device_training_batch_size 7", "a rollout of 16 rows"),
+        (train_ppo, "stray", "stray: does not belong to any flag"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence_and_exit_code_2(call, script, arguments, expected):
+    code, error = call(script, *arguments.split())
+    assert code == 2 and expected in error and len(error.strip().splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo])
+def test_every_flag_has_help_with_the_source_of_its_default(script, monkeypatch):
+    parsers, parse_args = [], flags.Parser.parse_args
+    monkeypatch.setattr(
+        flags.Parser, "parse_args", lambda self: parsers.append(self) or parse_args(self, [])
+    )
+    script.parse()
+    for action in parsers[0]._actions[1:]:
+        assert "[" in (action.help or ""), action.option_strings
+    assert "--seed" in parsers[0].format_help()
+
+
+def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
+    world, start, reward_model, ppo, call, model_folder, tmp_path, monkeypatch
+):
+    rm = world["out"] / "rm"
+    before = {path: path.read_bytes() for path in rm.iterdir()}
+    other = model_folder(name="other")
+    file = os.path.join(other, "tokenizer.json")
+    with open(file) as opened:
+        text = opened.read()
+    with open(file, "w") as opened:
+        opened.write(text.replace('"w29"', '"w30"'))
+    headless = model_folder(name="headless")
+    os.remove(os.path.join(headless, "model.safetensors"))
+    monkeypatch.chdir(tmp_path)
+
+    def ppo_with(**changes):
+        return ppo("rm", **changes)
+
+    for script, settings, expected in [
+        (train_ppo, {}, "there is no model in output/sft: run train_sft.py first"),
+        (train_ppo, {"actor_model_name_or_path": world["actor"]}, "run train_rm.py first"),
+        (train_ppo, ppo_with(critic_model_name_or_path=world["actor"]), "it is no reward model"),
+        (train_ppo, ppo_with(actor_model_name_or_path=other), "different vocabularies"),
+        (train_ppo, ppo_with(max_answer_seq_len=60), "do not fit in the 64-token context"),
+        (train_rm, {**start, "model_name_or_path": tmp_path / "no"}, "there is no model folder"),
+        (train_rm, {**start, "model_name_or_path": headless}, "cannot load the weights"),
+        (train_rm, {**start, "max_seq_len": 65}, "do not fit in the 64-token context"),
+        (train_rm, {**start, "data_path": tmp_path / "no.jsonl"}, "there is no such file"),
+        (train_sft, {**start, "output_dir": "/proc/no"}, "cannot write to --output_dir /proc/no"),
+        (train_sft, {**start, "output_dir": f"{file}/in"}, "cannot write to --output_dir"),
+        (train_sft, {**start, "per_device_train_batch_size": 4096}, "do not fill one step of"),
+    ]:
+        code, error = call(script, **{"output_dir": rm, **settings})
+        assert code == 1 and expected in error and len(error.strip().splitlines()) == 1, error
+    assert {path: path.read_bytes() for path in rm.iterdir()} == before
+
+
+def test_two_ranks_say_an_error_once(tmp_path):
+    done = run_script(
+        "train_sft.py",
+        *to_flags(data_path=tmp_path / "no.jsonl", output_dir=tmp_path, data_output_path=tmp_path),
+        ranks=2,
+        launcher="deepspeed",
+        env={"DS_ACCELERATOR": "cpu"},
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and said.count("there is no such file or folder") == 1
+    assert "Traceback" not in said
+
+
+# the whole way
+
+
+def test_the_real_language_model_and_real_pairs_go_through_all_three_steps(call, tmp_path):
+    model, pairs = SHARED / "stories260K", SHARED / "rm-static"
+    if not model.is_dir() or not pairs.is_dir():
+        pytest.skip("the real data is not here")
+    with gzip.open(pairs / "train.jsonl.gz", "rt") as file:
+        data = write_jsonl(tmp_path / "pairs.jsonl", [json.loads(line) for line in file][:300])
+    sft, rm, out = (tmp_path / name for name in ("sft", "rm", "ppo"))
+    common = dict(data_path=data, max_steps=2)
+    short = dict(**common, **{**SMALL, "max_seq_len": 160}, per_device_train_batch_size=4)
+    assert call(train_sft, **short, model_name_or_path=model, output_dir=sft)[0] == 0
+    assert call(train_rm, **short, model_name_or_path=model, output_dir=rm)[0] == 0
+    paths = dict(actor_model_name_or_path=sft, critic_model_name_or_path=rm, output_dir=out)
+    lengths = dict(max_prompt_seq_len=128, max_answer_seq_len=32)
+    rows = dict(per_device_generation_batch_size=4, per_device_training_batch_size=4)
+    code, error = call(train_ppo, **common, **paths, **lengths, **rows)
+    assert code == 0, error
+    assert metrics(out)[0]["first_ratio_error_max"] < 1e-5
