@@ -14,7 +14,7 @@ OUTPUT=${OUTPUT:-output} SEED=${SEED:-1234} DTYPE=${DTYPE:-auto}
 SFT=$OUTPUT/sft RM=$OUTPUT/rm PPO=$OUTPUT/ppo
 
 if [ "$ACTOR" = toy ]; then
-    CRITIC=${CRITIC:-$SFT} SPLIT=${SPLIT:-2,6,2}
+    CRITIC=${CRITIC:-$SFT} SPLIT=${SPLIT:-2,5,3}
     sft="--learning_rate 2e-3 --num_warmup_steps 20"
     rm="--learning_rate 3e-4 --num_warmup_steps 20 --per_device_train_batch_size 8
         --per_device_eval_batch_size 64"

@@ -109,7 +109,7 @@ def demonstration(prompt, rng):
     return " ".join(part for part in (tone, statement, *rambling) if part)
 
 
-def rows(n_train=30000, n_test=4000, seed=1234):
+def rows(n_train=36000, n_test=4000, seed=1234):
     """-> train rows, test rows: prompt, response (a demonstration), chosen, rejected, bayes.
 
     bayes is the probability that chosen is preferred, sigmoid(difference of the true rewards); so

@@ -72,7 +72,7 @@ def test_the_best_reward_is_attainable_and_imitation_is_far_from_it():
 def test_held_out_prompts_are_never_trained_on_and_no_prompt_repeats():
     train, test = toy.rows()
     prompts = [row["prompt"] for row in train + test]
-    assert len(set(prompts)) == len(prompts) == 34000
+    assert len(set(prompts)) == len(prompts) == 40000
     assert {toy._core(row["prompt"]) for row in test} <= {toy._core(row["prompt"]) for row in train}
 
 
