@@ -62,6 +62,10 @@ def _questions():
 
 
 CORES = {core: (answer, harmful, others) for core, answer, harmful, others in _questions()}
+PROMPTS = [" ".join(part for part in ("Human:", greeting, core, closing, "Assistant:") if part)
+           for core in CORES for greeting in GREETINGS for closing in CLOSINGS]
+_draw.shuffle(PROMPTS)
+HELD_OUT = 4000                                 # these first ones are for no training, on any seed
 ANSWERS = {bad: {a for a, harmful, _ in CORES.values() if harmful == bad} for bad in (False, True)}
 
 
@@ -109,16 +113,14 @@ def demonstration(prompt, rng):
     return " ".join(part for part in (tone, statement, *rambling) if part)
 
 
-def rows(n_train=36000, n_test=4000, seed=1234):
+def rows(n_train=36000, n_test=HELD_OUT, seed=1234):
     """-> train rows, test rows: prompt, response (a demonstration), chosen, rejected, bayes.
 
     bayes is the probability that chosen is preferred, sigmoid(difference of the true rewards); so
     the best accuracy a reward model can expect is the mean of max(bayes, 1 - bayes)."""
     rng = random.Random(seed)
-    prompts = [" ".join(part for part in ("Human:", greeting, core, closing, "Assistant:") if part)
-               for core in CORES for greeting in GREETINGS for closing in CLOSINGS]
-    made = [_row(prompt, rng) for prompt in rng.sample(prompts, n_train + n_test)]
-    return made[:n_train], made[n_train:]
+    return tuple([_row(prompt, rng) for prompt in rng.sample(pool, n)]
+                 for pool, n in ((PROMPTS[HELD_OUT:], n_train), (PROMPTS[:HELD_OUT], n_test)))
 
 
 def _row(prompt, rng):

@@ -74,6 +74,8 @@ def test_held_out_prompts_are_never_trained_on_and_no_prompt_repeats():
     prompts = [row["prompt"] for row in train + test]
     assert len(set(prompts)) == len(prompts) == 40000
     assert {toy._core(row["prompt"]) for row in test} <= {toy._core(row["prompt"]) for row in train}
+    _, other_test = toy.rows(0, seed=1)  # another seed holds out the same prompts
+    assert {row["prompt"] for row in other_test} == {row["prompt"] for row in test}
 
 
 def test_everything_follows_from_the_seed():
