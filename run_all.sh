@@ -16,8 +16,8 @@ SFT=$OUTPUT/sft RM=$OUTPUT/rm PPO=$OUTPUT/ppo
 if [ "$ACTOR" = toy ]; then
     CRITIC=${CRITIC:-$SFT} SPLIT=${SPLIT:-2,5,3}
     sft="--learning_rate 2e-3 --num_warmup_steps 20"
-    rm="--learning_rate 3e-4 --num_warmup_steps 20 --per_device_train_batch_size 8
-        --per_device_eval_batch_size 64"
+    rm="--learning_rate 3e-4 --num_warmup_steps 20 --num_train_epochs 2
+        --per_device_train_batch_size 8 --per_device_eval_batch_size 64"
     ppo="--actor_lr 3e-4 --critic_lr 1e-3 --lr_scheduler_type linear --num_warmup_steps 10
          --per_device_generation_batch_size 64 --per_device_training_batch_size 64
          --max_prompt_seq_len 32 --max_answer_seq_len 48"

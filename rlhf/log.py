@@ -56,7 +56,8 @@ class Log:
             for row in rows:
                 self._write("samples", {"step": step, **row})
             for row in rows[:show]:
-                say(f"  {row['prompt'].strip()[-200:]} => {row['response'].strip()[:300]}   "
+                prompt, response = (" ".join(row[n].split()) for n in ("prompt", "response"))
+                say(f"  {prompt[-200:]} => {response[:300]}   "
                     f"[score {row['score']:.2f}, kl {row['kl']:.2f}]")
 
     def close(self):
