@@ -6,7 +6,8 @@
 #       bash run_all.sh     other models and data, with DeepSpeed-Chat's settings for that pair
 #
 # Also: OUTPUT (output), SEED (1234), SPLIT (--data_split), ZERO_STAGE (2; other models only), DTYPE
-# (auto); SFT_FLAGS, RM_FLAGS, PPO_FLAGS, EVAL_FLAGS are added to the commands and win over theirs.
+# (auto), MASTER_PORT (29500; another for each of two runs at a time); SFT_FLAGS, RM_FLAGS, PPO_FLAGS,
+# EVAL_FLAGS are added to the commands and win over theirs.
 set -euo pipefail
 cd "$(dirname "$0")"
 ACTOR=${ACTOR:-toy} DATA=${DATA:-toy} NUM_GPUS=${NUM_GPUS:-1}
@@ -36,8 +37,10 @@ else
 fi
 
 # Where there is no GPU, DeepSpeed would say so at every start.
-command -v nvidia-smi > /dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-launch() { deepspeed --quiet --num_gpus "$NUM_GPUS" "$@"; }
+command -v nvidia-smi rocm-smi > /dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+launch() {
+    deepspeed --quiet --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}" "$@"
+}
 common="--data_path $DATA --data_split $SPLIT --seed $SEED --dtype $DTYPE"
 
 launch train_sft.py --model_name_or_path "$ACTOR" --output_dir "$SFT" --log_interval 50 \

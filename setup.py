@@ -8,5 +8,6 @@ setup(
     python_requires=">=3.10",
     packages=["rlhf"],
     install_requires=["torch>=2.6", "deepspeed>=0.17", "transformers>=5", "datasets>=4", "tqdm"],
-    extras_require={"test": ["pytest", "tensorboard"], "log": ["tensorboard"], "plot": ["matplotlib"]},
+    extras_require={"test": ["pytest", "tensorboard"], "log": ["tensorboard"],
+                    "plot": ["matplotlib"]},
 )

@@ -96,13 +96,15 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         batch["ref_logp"] = models.policy_logprobs(reference, batch, args.temperature)      # (B, R)
         batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
         batch["score"] = models.sequence_scores(reward_model, batch)                        # (B,)
-    batch = data.stack(batches, tokenizer.pad_token_id)
+    batch = models.stack(batches, tokenizer.pad_token_id)
     mask, logp, ref_logp, values = (
         batch[name] for name in ("mask", "old_logp", "ref_logp", "old_values"))
 
     ended = finished(batch, tokenizer.eos_token_id)
-    score = batch["score"] - args.missing_eos_penalty * ~ended
-    rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_coef, args.clip_reward,
+    # Clipped here, because the penalty must not be lost in the clip.
+    score = batch["score"].clamp(-args.clip_reward, args.clip_reward)
+    score = score - args.missing_eos_penalty * ~ended
+    rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_coef, float("inf"),
                              args.kl_estimator)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     batch["advantages"] = advantages if args.no_whiten_advantages else whiten(advantages, mask)
@@ -187,13 +189,13 @@ def main():
     args = parse()
     flags.check_made(args.actor_model_name_or_path, "train_sft.py", "--actor_model_name_or_path")
     flags.check_made(args.critic_model_name_or_path, "train_rm.py", "--critic_model_name_or_path")
-    flags.check_output_dir(args.output_dir)
+    flags.check_writable(args.output_dir)
     engine.init(args)
 
     tokenizer = models.load_tokenizer(args.actor_model_name_or_path)
     models.check_same_vocabulary(args.actor_model_name_or_path, tokenizer,
                                  args.critic_model_name_or_path)
-    train, _ = data.load(args, tokenizer, phase=3, max_prompt=args.max_prompt_seq_len)
+    [train] = data.load(args, tokenizer, 3, ["train"], max_prompt=args.max_prompt_seq_len)
     to_batch = partial(data.collate, tokenizer, responses=())
     cut = (args.per_device_generation_batch_size, args.generation_batches)
     epoch = data.steps_per_epoch(train, *cut, "--per_device_generation_batch_size")
@@ -214,7 +216,7 @@ def main():
         updated["flops_total"] += sampled["flops_total"]
         log.step(step, {**engine.reduce_metrics({**sampled, **updated}), **lrs})
         if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
-            log.samples(step, data.decode(tokenizer, experience))
+            log.samples(step, tokenizer, experience)
 
     engine.save(actor, tokenizer, os.path.join(args.output_dir, "actor"))
     engine.save(critic, tokenizer, os.path.join(args.output_dir, "critic"))

@@ -63,11 +63,11 @@ def evaluate(policy, rows, collate, batch_size):
 
 def main():
     args = parse()
-    flags.check_output_dir(args.output_dir)
+    flags.check_writable(args.output_dir)
     engine.init(args)
 
     tokenizer = models.load_tokenizer(args.model_name_or_path)
-    train, held_out = data.load(args, tokenizer, phase=1)
+    train, held_out = data.load(args, tokenizer, 1, ["train", "held_out"])
     to_batch = partial(collate, tokenizer, args.train_on_prompt)
     cut = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
     epoch = data.steps_per_epoch(train, *cut, "--per_device_train_batch_size")

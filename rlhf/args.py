@@ -81,6 +81,7 @@ def _number(kind, allowed, wanted):
 
 INF = float("inf")
 positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
+at_least_2 = _number(int, lambda x: x > 1, "a whole number above 1")
 count = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive = _number(float, lambda x: 0 < x < INF, "a number above 0")
 non_negative = _number(float, lambda x: 0 <= x < INF, "a number, 0 or more")
@@ -120,7 +121,7 @@ def add_training(parser, learning_rate=None, warmup=0):
             help="rows a rank holds at a time [DSC]")
         add("--per_device_eval_batch_size", type=positive_int, default=16,
             help="rows a rank evaluates at a time [DSC]")
-        add("--max_seq_len", type=positive_int, default=512,
+        add("--max_seq_len", type=at_least_2, default=512,
             help="tokens; longer prompts lose their beginning, longer responses their end [DSC]")
         add("--eval_interval", type=count, default=0,
             help="steps between evaluations, 0: once an epoch [DSC]")
@@ -145,7 +146,8 @@ def add_training(parser, learning_rate=None, warmup=0):
 def add_run(parser, output_dir):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=output_dir, help="takes all a run leaves [ours: a default]")
-    add("--seed", type=count, default=1234, help="of everything random, in all steps [DSC]")
+    add("--seed", type=_number(int, lambda x: 0 <= x < 1 << 31, "a whole number below 2^31"),
+        default=1234, help="of everything random, the same in all steps [DSC]")
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 on a GPU that has it, else fp32 [ours: fp16 overflows]")
     add("--log_level", choices=("debug", "info", "warning", "error"), default="error",
@@ -158,7 +160,7 @@ def split_shares(text):
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+    if len(shares) != 3 or not all(0 <= share < INF for share in shares) or sum(shares) <= 0:
         raise InputError(f"--data_split must be three numbers such as 2,4,4, not {text}")
     return [share / sum(shares) for share in shares]
 
@@ -169,7 +171,7 @@ def check_made(path, script, flag):
         raise InputError(f"there is no model in {path}: run {script} first, or give {flag}")
 
 
-def check_output_dir(path):
+def check_writable(path, flag="--output_dir"):
     """Create the folder; InputError, before anything is computed, if it cannot be written to."""
     probe = os.path.join(path, f".probe-{os.getpid()}")
     try:
@@ -178,4 +180,4 @@ def check_output_dir(path):
             pass
         os.remove(probe)
     except OSError as error:
-        raise InputError(f"cannot write to --output_dir {path}: {error.strerror}") from error
+        raise InputError(f"cannot write to {flag} {path}: {error.strerror}") from error

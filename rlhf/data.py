@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import sys
 
@@ -16,27 +17,34 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 
 from rlhf import engine, toy
-from rlhf.args import InputError, split_shares
+from rlhf.args import InputError, check_writable, split_shares
 from rlhf.log import say
 
 NEEDS = {1: ("prompt", "response"), 2: ("prompt", "chosen", "rejected"), 3: ("prompt",)}
-WHERE = "_where"                            # column of a row that says which file and line it is
+WHERE = "_where"                              # a row's column that says where it stands
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
-def load(args, tokenizer, phase, max_prompt=None):
-    """One phase's tokenised training and held-out rows, all of --data_path together.
+def load(args, tokenizer, phase, splits, max_prompt=None):
+    """One phase's tokenised rows of all --data_path together, of each split: train, held_out.
 
-    -> two Datasets with columns prompt, chosen, rejected (lists of ids).  Phases 1 and 2 cut a row
-    to --max_seq_len tokens, phase 3 drops prompts of more than max_prompt.  InputError for what
+    -> a Dataset each, with columns prompt, chosen, rejected (lists of ids).  Phases 1 and 2 cut a
+    row to --max_seq_len tokens, phase 3 drops prompts of more than max_prompt.  InputError for what
     cannot be read or used."""
+    check_writable(args.data_output_path, "--data_output_path")
     sources = [(path, phase) for path in args.data_path]
     sources += [(path, None) for path in getattr(args, "sft_only_data_path", [])]    # whole
-    parts = [_cached(path, share, phase, args, tokenizer, max_prompt) for path, share in sources]
-    train, held_out = (concatenate_datasets(list(split)) for split in zip(*parts))
-    if len(parts) > 1:
-        held_out = held_out.shuffle(seed=args.seed, keep_in_memory=True)
-    return train, held_out.select(range(min(len(held_out), args.max_eval_rows)))
+    loaded = []
+    for split in splits:
+        rows = concatenate_datasets([_cached(path, share, phase, split, args, tokenizer, max_prompt)
+                                     for path, share in sources])
+        if split == "held_out":
+            order = range(len(rows))
+            if len(sources) > 1:
+                order = random.Random(args.seed).sample(order, len(rows))
+            rows = rows.select(order[:args.max_eval_rows], keep_in_memory=True)
+        loaded.append(rows)
+    return loaded
 
 
 def steps_per_epoch(rows, batch_size, accumulation, flag):
@@ -66,8 +74,8 @@ def optimizer_steps(rows, collate, batch_size, accumulation, seed, total):
 
 
 def eval_batches(rows, collate, batch_size):
-    """This rank's share of the held-out rows.  All ranks get equally many, the first rows coming
-    round again, so that collectives match; engine.gather_rows restores order, without repeats."""
+    """This rank's share of the held-out rows, equally many on every rank: the first come round
+    again.  engine.gather_rows restores the order and drops the repeats."""
     rank, world = engine.rank(), engine.world_size()
     mine = [i % len(rows) for i in range(rank, -(-len(rows) // world) * world, world)]
     for start in range(0, len(mine), batch_size):
@@ -75,8 +83,7 @@ def eval_batches(rows, collate, batch_size):
 
 
 def collate(tokenizer, rows, responses=("chosen",)):
-    """Rows of ids -> a batch (see models.py).  Two response columns are stacked, all chosen before
-    all rejected; none leaves the prompts alone."""
+    """Rows of ids -> a batch (see models.py); of two responses: all chosen, then all rejected."""
     prompts = [row["prompt"] for row in rows] * max(1, len(responses))
     batch = dict(zip(("prompt_ids", "prompt_mask"),
                      pad(prompts, tokenizer.pad_token_id, left=True)))
@@ -97,18 +104,6 @@ def pad(sequences, fill, left=False):
     return ids.to(engine.device()), mask.to(engine.device())
 
 
-def stack(batches, pad_token_id):
-    """Batches of other widths -> one; prompts are widened on the left, the rest on the right."""
-    def widen(name, tensor):
-        if tensor.ndim == 1:
-            return tensor
-        missing = max(batch[name].shape[1] for batch in batches) - tensor.shape[1]
-        sides = (missing, 0) if name.startswith("prompt_") else (0, missing)
-        fill = pad_token_id if name.endswith("_ids") else 0
-        return torch.nn.functional.pad(tensor, sides, value=fill)
-    return {name: torch.cat([widen(name, b[name]) for b in batches]) for name in batches[0]}
-
-
 def text_stream(args, tokenizer):
     """Endless batches of plain text for the unsupervised loss; None if no data set is named for it.
 
@@ -119,25 +114,25 @@ def text_stream(args, tokenizer):
     if path == "toy":
         texts = toy.texts(args.seed)
     elif os.path.isfile(path):
-        with _open_text(path) as file:
-            texts = file.read().split("\n\n")
+        try:
+            with _open_text(path) as file:
+                texts = file.read().split("\n\n")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as text: {error}") from error
     else:
-        texts = _hub(path, "train", args.unsupervised_dataset_config_name)["text"]
+        rows = _hub(path, "train", args.unsupervised_dataset_config_name)
+        if "text" not in rows.column_names:
+            raise InputError(f"{path}: no column text (found: {', '.join(rows.column_names)})")
+        texts = rows["text"]
     ids = [i for text in texts for i in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
     blocks = [ids[i:i + length] for i in range(0, len(ids) - length + 1, length)]
     rows = [{"prompt": block[:1], "chosen": block[1:]} for block in blocks]
     cut = (args.per_device_training_batch_size, 1)
-    steps_per_epoch(rows, *cut, "--per_device_training_batch_size")
+    if len(rows) < cut[0] * engine.world_size():
+        raise InputError(f"--unsupervised_dataset_name {path}: {len(ids)} tokens fill {len(rows)} "
+                         f"blocks of {length}, fewer than one batch on every rank")
     steps = optimizer_steps(rows, lambda rows: collate(tokenizer, rows), *cut, args.seed, 1 << 62)
     return (micro_batch for _, [micro_batch] in steps)
-
-
-def decode(tokenizer, experience):
-    """A rollout as text: dicts of prompt, response, score and kl."""
-    columns = ("prompt_ids", "prompt_mask", "response_ids", "mask", "score", "kl")
-    return [{"prompt": tokenizer.decode(prompt[seen]), "response": tokenizer.decode(response[said]),
-             "score": score.item(), "kl": kl.item()}
-            for prompt, seen, response, said, score, kl in zip(*(experience[c] for c in columns))]
 
 
 def read(path, args):
@@ -190,6 +185,8 @@ def render(row, phase):
         if not isinstance(row[name], str):
             kind = type(row[name]).__name__
             raise InputError(f"{where}: column {name} has type {kind}, but must be text")
+        if not row[name].isascii() and re.search("[\ud800-\udfff]", row[name]):
+            raise InputError(f"{where}: column {name} holds half a surrogate pair: repair it")
     values = [row[name] for name in NEEDS[phase]]
     if not all(value.strip() for value in values) or (phase == 2 and values[1] == values[2]):
         return None
@@ -213,55 +210,60 @@ def tokenise(row, tokenizer, max_seq_len, max_prompt):
             response = both[len(prompt):] if apart else ids_of(row[name], add_special_tokens=False)
             responses[name] = response[:max_seq_len - 2] + [eos]
     room = max_seq_len - max(map(len, responses.values()))
+    if len(prompt) > room > 1 and prompt[0] == tokenizer.bos_token_id:
+        prompt = prompt[:1] + prompt[1 - room:]
     return {"prompt": prompt[-room:], **responses}
 
 
-def _cached(path, share, phase, args, tokenizer, max_prompt):
-    """The two splits of one data set, from the cache or built."""
+def _cached(path, share, phase, split, args, tokenizer, max_prompt):
+    """One split of one data set, from the cache or built.  Every node builds its own."""
     max_seq_len = getattr(args, "max_seq_len", 1 << 30)
-    files = [path] if os.path.isfile(path) else \
-        sorted(e.path for e in os.scandir(path)) if os.path.isdir(path) else []
-    stats = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    identity = [path, stats, share, phase, args.data_split, args.seed, args.eval_fraction,
-                max_seq_len, max_prompt, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token,
+    files = sorted(e.path for e in os.scandir(path)) if os.path.isdir(path) else [path]
+    stats = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns)
+             for f in files if os.path.exists(f)]
+    fast = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    identity = [path, stats, share, phase, split, args.data_split, args.seed, args.eval_fraction,
+                max_seq_len, max_prompt, fast, tokenizer.eos_token,
                 inspect.getsource(sys.modules[__name__]), inspect.getsource(toy)]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = os.path.join(args.data_output_path, name)
-    if not all(engine.gather(torch.tensor(os.path.isdir(folder), device=engine.device())).tolist()):
-        engine.on_rank_zero(lambda: _build(folder, path, share, phase, args, tokenizer, max_seq_len,
-                                           max_prompt))
+    here = torch.tensor(float(os.path.isdir(folder)), device=engine.device())
+    if not engine.gather(here).all():
+        engine.on_rank_zero(lambda: _build(
+            folder, *_select(path, share, phase, split, args),
+            lambda text: tokenise(text, tokenizer, max_seq_len, max_prompt)), every_node=True)
     with open(os.path.join(folder, "report.txt")) as file:
         say(file.read())
-    return [load_from_disk(os.path.join(folder, split)) for split in ("train", "held_out")]
+    return load_from_disk(folder)
 
 
-def _build(folder, path, share, phase, args, tokenizer, max_seq_len, max_prompt):
-    """Read, split and tokenise one data set into `folder`, which appears whole or not at all."""
-    rows, held_out = read(path, args)
-    if share is not None:
+def _select(path, share, phase, split, args):
+    """-> what this is, for the report; the rendered rows, None where one cannot serve.
+
+    All rows of the split are rendered before the phase's are picked, so that a bad one stops every
+    step and not just the one it falls to."""
+    raw = read(path, args)[split == "held_out"]
+    rows = [render(row, phase) for row in raw]
+    if path == "toy":
+        rows = [{**text, "bayes": row["bayes"]} for text, row in zip(rows, raw) if text]
+    if share is not None and split == "train":
         rows = phase_rows(rows, share, args)
-    built, report = {}, []
-    for split, raw in (("train", rows), ("held_out", held_out)):
-        kept, useless, long = [], 0, 0
-        for row in raw:
-            text = render(row, phase)
-            ids = text and tokenise(text, tokenizer, max_seq_len, max_prompt)
-            useless, long = useless + (text is None), long + (text is not None and ids is None)
-            if ids:
-                kept.append({**ids, "bayes": row["bayes"]} if "bayes" in row else ids)
-        dropped = f"dropped: {useless} empty or alike" + (
-            f", {long} of more than {max_prompt} tokens" if max_prompt else "")
-        if not kept:
-            raise InputError(f"--data_path {path}: none of {len(raw)} {split} rows can serve step "
-                             f"{phase} ({dropped})")
-        built[split] = Dataset.from_list(kept)
-        report.append(f"{len(kept)} {split.replace('_', '-')} rows"
-                      + (f" ({dropped})" if useless or long else ""))
+    return f"{path}, step {phase}, {split.replace('_', '-')} rows", rows
+
+
+def _build(folder, title, rows, tokenise_row):
+    """Tokenise one split into `folder`, which appears whole or not at all."""
+    texts = [text for text in rows if text]
+    kept = [{**text, **ids} for text in texts if (ids := tokenise_row(text))]
+    report = f"{title}: {len(kept)} of {len(rows)} used"
+    if len(kept) < len(rows):
+        report += f" ({len(rows) - len(texts)} empty or alike, {len(texts) - len(kept)} too long)"
+    if not kept:
+        raise InputError(f"{report}: choose other data, --data_split or lengths")
     temporary = f"{folder}.{os.getpid()}"
-    for split, rows in built.items():
-        rows.save_to_disk(os.path.join(temporary, split))
+    Dataset.from_list(kept).save_to_disk(temporary)
     with open(os.path.join(temporary, "report.txt"), "w") as file:
-        file.write(f"{path}, step {phase}: {', '.join(report)}")
+        file.write(report)
     try:
         os.rename(temporary, folder)
     except OSError:                           # another run was faster, and its folder is as good

@@ -3,6 +3,7 @@
 Here are the engines, what it takes to give them one global mean an optimizer step, and collectives
 that work just as well in a process that no launcher started."""
 import contextlib
+import datetime
 import io
 import logging
 import os
@@ -44,7 +45,8 @@ def init(args):
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     with hushed(args):
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False,
+                                   timeout=datetime.timedelta(hours=4))   # rank 0 may tokenise
     transformers.set_seed(args.seed)
 
 
@@ -117,15 +119,16 @@ def global_denom(masks):
 
 
 def step(engine):
-    """engine.step() -> the gradient's norm before clipping, None between accumulation's ends."""
+    """engine.step() -> the gradient's norm before clipping; None where it only accumulates."""
+    last = engine.is_gradient_accumulation_boundary()
     norm = None
-    if engine.is_gradient_accumulation_boundary() and engine.optimizer is engine.basic_optimizer:
-        # Plain fp32: DeepSpeed clips without keeping the norm.
+    if last and engine.optimizer is engine.basic_optimizer:      # fp32, ZeRO 0: no norm is kept
         norm = torch.nn.utils.get_total_norm(
             p.grad for p in engine.module.parameters() if p.grad is not None)
     engine.step()
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    return None if norm is None else float(norm)
+    if not last:                                     # DeepSpeed still has the step's before
+        return None
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
 @contextlib.contextmanager
@@ -210,13 +213,13 @@ def reduce_metrics(metrics):
             for i, name in enumerate(metrics)}
 
 
-def on_rank_zero(function):
-    """Rank 0 calls the function while the others wait; its InputError ends them all."""
+def on_rank_zero(function, every_node=False):
+    """Rank 0 (or each node's first) calls the function, the others wait; its error ends all."""
     error = None
-    if rank() == 0:
+    if (int(os.environ.get("LOCAL_RANK", 0)) if every_node else rank()) == 0:
         try:
             function()
-        except InputError as caught:
+        except Exception as caught:                  # raised below, when the others have heard
             error = caught
     if all_sum(torch.tensor(float(error is not None), device=device())):
-        raise error or InputError("rank 0 stopped")
+        raise error or InputError("another rank stopped")

@@ -27,7 +27,7 @@ def parse():
     add("--models", nargs="+", default=["sft=output/sft", "ppo=output/ppo/actor"],
         metavar="NAME=PATH", help="baseline first [ours: what the scripts leave]")
     add("--reward_model", default="output/rm", help="scores responses [ours: step 2's output]")
-    add("--num_prompts", type=flags.positive_int, default=512, help="[ours: mean score to 0.1]")
+    add("--num_prompts", type=flags.at_least_2, default=512, help="[ours: mean score to 0.1]")
     add("--best_of", type=flags.positive_int, nargs="*", default=[],
         help="add the baseline's best of n samples for each n [ours]")
     add("--batch_size", type=flags.positive_int, default=128, help="responses at a time [ours]")
@@ -43,8 +43,8 @@ def parse():
 def mean_ci(name, values):
     """(N,) -> the mean, and half of its 95 % confidence interval under name_ci."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    deviation = values.std().item() if len(values) > 1 else math.nan
-    return {name: values.mean().item(), f"{name}_ci": 1.96 * deviation / len(values) ** 0.5}
+    return {name: values.mean().item(),
+            f"{name}_ci": 1.96 * values.std().item() / len(values) ** 0.5}
 
 
 @torch.no_grad()
@@ -104,11 +104,16 @@ def table(rows):
 
 def main():
     args = parse()
-    flags.check_output_dir(args.output_dir)
+    flags.check_writable(args.output_dir)
     engine.quieten(args.log_level)
-    args.max_seq_len = args.max_prompt_seq_len + args.max_answer_seq_len
     paths = dict(text.split("=", 1) if "=" in text else (text, text) for text in args.models)
+    if len(paths) < len(args.models):
+        raise flags.InputError("--models: two models have the same name")
+    flags.check_made(args.reward_model, "train_rm.py", "--reward_model")
+    for path in paths.values():
+        flags.check_made(path, "the script that trains it", "--models")
     baseline_name, baseline_path = next(iter(paths.items()))
+    length = args.max_prompt_seq_len + args.max_answer_seq_len
 
     tokenizer = models.load_tokenizer(baseline_path)
     dtype = engine.pick_dtype(args.dtype)
@@ -117,10 +122,14 @@ def main():
     load = lambda path: engine.frozen(models.load_policy(path, tokenizer, dtype))
     baseline = load(baseline_path)
     reward_model = engine.frozen(models.load_scalar(args.reward_model, tokenizer, dtype))
-    models.check_context(baseline, baseline_path, args.max_seq_len)
-    _, held_out = data.load(args, tokenizer, phase=1)
-    prompts = [row for row in held_out if len(row["prompt"]) <= args.max_prompt_seq_len]
-    prompts = prompts[:args.num_prompts]
+    models.check_context(baseline, baseline_path, length)
+    models.check_context(reward_model, args.reward_model, length)
+    [held_out] = data.load(args, tokenizer, 1, ["held_out"])
+    prompts = [{**row, "chosen": row["chosen"][:args.max_answer_seq_len]} for row in held_out
+               if len(row["prompt"]) <= args.max_prompt_seq_len][:args.num_prompts]
+    if len(prompts) < 2:
+        raise flags.InputError(f"{len(prompts)} held-out prompts have at most "
+                               f"{args.max_prompt_seq_len} tokens: raise --max_prompt_seq_len")
     texts = [tokenizer.decode(row["prompt"], skip_special_tokens=True) for row in prompts]
     known = partial(truth, texts) if args.data_path == ["toy"] else lambda responses: {}
 

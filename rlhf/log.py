@@ -50,15 +50,17 @@ class Log:
             self._record(step, metrics, "")
             self._say(step, metrics)
 
-    def samples(self, step, rows, show=3):
-        """Keep dicts of prompt, response, score and kl, and print the first few."""
-        if engine.rank() == 0:
-            for row in rows:
-                self._write("samples", {"step": step, **row})
-            for row in rows[:show]:
-                prompt, response = (" ".join(row[n].split()) for n in ("prompt", "response"))
-                say(f"  {prompt[-200:]} => {response[:300]}   "
-                    f"[score {row['score']:.2f}, kl {row['kl']:.2f}]")
+    def samples(self, step, tokenizer, experience, show=3):
+        """Keep a rollout's prompts and responses with score and KL; print the first few."""
+        columns = ("prompt_ids", "prompt_mask", "response_ids", "mask", "score", "kl")
+        rows = zip(*(experience[name] for name in columns)) if engine.rank() == 0 else ()
+        for index, (prompt, seen, response, said, score, kl) in enumerate(rows):
+            prompt, response = tokenizer.decode(prompt[seen]), tokenizer.decode(response[said])
+            self._write("samples", {"step": step, "prompt": prompt, "response": response,
+                                    "score": score.item(), "kl": kl.item()})
+            if index < show:
+                prompt, response = " ".join(prompt.split()), " ".join(response.split())
+                say(f"  {prompt[-200:]} => {response[:300]}   [score {score:.2f}, kl {kl:.2f}]")
 
     def close(self):
         if engine.rank() == 0:

@@ -65,7 +65,18 @@ def load_scalar(path, tokenizer, dtype=torch.float32, new_head=False):
                          f"can be no reward model: use a decoder-only language model")
     if fresh:                                   # Stiennon et al. 2020: scores start with variance 1
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    head = Fp32Linear(model.score.in_features, 1, bias=model.score.bias is not None, dtype=dtype)
+    head.load_state_dict(model.score.state_dict())
+    model.score = head
     return ScalarModel(_fit_tokenizer(model, tokenizer))
+
+
+class Fp32Linear(nn.Linear):
+    """A head that computes in fp32 whatever its weights are: bf16 rounds a score of 3 to 1/64."""
+
+    def forward(self, hidden):
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 class ScalarModel(nn.Module):
@@ -81,7 +92,7 @@ class ScalarModel(nn.Module):
         backbone = self.classifier.base_model
         hidden = backbone(input_ids, attention_mask=attention_mask, use_cache=False,
                           **_positions(backbone, attention_mask))[0]                    # (B, T, d)
-        return self.classifier.score(hidden).squeeze(-1).float()
+        return self.classifier.score(hidden).squeeze(-1)
 
 
 def policy_logprobs(model, batch, temperature=1.0):
@@ -104,6 +115,18 @@ def sequence_scores(model, batch):
     """The reward model's score of each row, read at its last real token -> (B,) fp32."""
     last = batch["prompt_mask"].shape[1] + batch["mask"].sum(1, keepdim=True) - 1
     return model(*_join(batch)).gather(1, last).squeeze(1)
+
+
+def stack(batches, pad_token_id):
+    """Batches of other widths -> one; prompts are widened on the left, the rest on the right."""
+    def widen(name, tensor):
+        if tensor.ndim == 1:
+            return tensor
+        missing = max(batch[name].shape[1] for batch in batches) - tensor.shape[1]
+        sides = (missing, 0) if name.startswith("prompt_") else (0, missing)
+        fill = pad_token_id if name.endswith("_ids") else 0
+        return torch.nn.functional.pad(tensor, sides, value=fill)
+    return {name: torch.cat([widen(name, b[name]) for b in batches]) for name in batches[0]}
 
 
 def save_model(model, tokenizer, path, state_dict=None):
@@ -135,8 +158,7 @@ def check_context(model, path, length):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(f"sequences of up to {length} tokens do not fit in the {limit}-token "
-                         f"context of {path}: lower --max_seq_len, or --max_prompt_seq_len and "
-                         f"--max_answer_seq_len")
+                         f"context of {path}: lower the sequence length flags")
 
 
 def _join(batch):
@@ -160,7 +182,7 @@ def _open(function, path, what, **kwargs):
     try:
         return function(path, **kwargs)
     except Exception as error:        # of many libraries' own types, safetensors' among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         where = "" if local else " (there is no such folder, so it was sought on the hub)"
         raise InputError(f"cannot load the {what} of {path}{where}: {reason}") from error
 

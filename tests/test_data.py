@@ -6,10 +6,14 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from rlhf import data, engine, models
 from rlhf.args import InputError
 from tests.conftest import SHARED, make_tokenizer, write_jsonl
+
+
+SPLITS = ["train", "held_out"]
 
 
 def arguments(tmp_path, *paths, **changes):
@@ -61,6 +65,16 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_eos():
     )
 
 
+def test_truncation_keeps_the_bos():
+    tokenizer = make_tokenizer("bos is eos")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    row = {"prompt": " ".join(f"w{i}" for i in range(20)), "chosen": " w1 w2 w3", "rejected": None}
+    assert data.tokenise(row, tokenizer, 8, None)["prompt"] == [2, 20, 21, 22]
+    assert data.tokenise(row, tokenizer, 64, None)["prompt"] == [2, *range(3, 23)]
+
+
 def test_a_tokenizer_that_invents_a_leading_space_does_not_invent_one_in_the_response():
     folder = SHARED / "stories260K"
     if not folder.is_dir():
@@ -108,21 +122,22 @@ def test_loading_reports_drops_caches_and_follows_changed_files(tmp_path, capsys
     rows[0]["chosen"], rows[1]["chosen"], rows[2]["prompt"] = " ", rows[1]["rejected"], ""
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     tokenizer, args = make_tokenizer(), arguments(tmp_path, path, data_split="0,1,0")
-    train, held_out = data.load(args, tokenizer, phase=2)
+    train, held_out = data.load(args, tokenizer, 2, SPLITS)
     assert len(train) + len(held_out) == 97 and "empty or alike" in capsys.readouterr().out
     cache = sorted(p.name for p in (tmp_path / "cache").iterdir())
-    data.load(args, tokenizer, phase=2)
+    data.load(args, tokenizer, 2, SPLITS)
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == cache
     write_jsonl(tmp_path / "pairs.jsonl", pairs(150))
-    assert len(data.load(args, tokenizer, phase=2)[0]) > len(train)
+    assert len(data.load(args, tokenizer, 2, SPLITS)[0]) > len(train)
 
 
 def test_step_3_drops_long_prompts_and_says_how_many(tmp_path, capsys):
     rows = pairs(100) + [{"prompt": "w1 " * 50}] * 10
     args = arguments(tmp_path, write_jsonl(tmp_path / "p.jsonl", rows), data_split="0,0,1")
-    train, held_out = data.load(args, make_tokenizer(), phase=3, max_prompt=10)
+    train, held_out = data.load(args, make_tokenizer(), 3, SPLITS, max_prompt=10)
     assert (
-        len(train) + len(held_out) == 100 and "9 of more than 10 tokens" in capsys.readouterr().out
+        len(train) + len(held_out) == 100
+        and "90 of 99 used (0 empty or alike, 9 too long)" in capsys.readouterr().out
     )
 
 
@@ -170,7 +185,7 @@ def test_stack_pads_prompts_left_and_responses_right():
         data.collate(tokenizer, [row])
         for row in ({"prompt": [5], "chosen": [6, 2]}, {"prompt": [7, 8], "chosen": [2]})
     )
-    both = data.stack([{**one, "score": torch.ones(1)}, {**two, "score": torch.zeros(1)}], 1)
+    both = models.stack([{**one, "score": torch.ones(1)}, {**two, "score": torch.zeros(1)}], 1)
     assert both["prompt_ids"].tolist() == [[1, 5], [7, 8]] and both["prompt_mask"].tolist() == [
         [False, True],
         [True, True],
@@ -199,7 +214,15 @@ BROKEN = {
         b'{"prompt": "a", "chosen": 3, "rejected": "c"}\n' * 20,
         "column chosen has type int",
     ),
-    "alike.jsonl": (b'{"prompt": "a", "chosen": "c", "rejected": "c"}\n' * 20, "none of"),
+    "alike.jsonl": (
+        b'{"prompt": "a", "chosen": "c", "rejected": "c"}\n' * 20,
+        "train rows: 0 of 7 used (7 empty or alike",
+    ),
+    "surrogate.jsonl": (
+        b'{"prompt": "a \\ud800 b", "chosen": "b", "rejected": "c"}\n' * 20,
+        "surrogate.jsonl, line 1: column prompt holds half a surrogate pair",
+    ),
+    "one.jsonl": (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "train rows: 0 of 0 used"),
     "latin.jsonl": (b'{"prompt": "\xe9"}\n', "cannot be read"),
     "torn.jsonl.gz": (gzip.compress(b'{"prompt": "a"}\n' * 1000)[:40], "cannot be read"),
     "plain.jsonl.gz": (b'{"prompt": "a"}\n', "cannot be read"),
@@ -212,11 +235,19 @@ def test_a_broken_file_is_named_in_one_sentence(tmp_path, name):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
-        data.load(arguments(tmp_path, tmp_path / name), make_tokenizer(), phase=2)
+        data.load(arguments(tmp_path, tmp_path / name), make_tokenizer(), 2, SPLITS)
     assert (
         expected in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
     )
     assert not [p for p in tmp_path.rglob("report.txt")]
+
+
+def test_a_bad_row_stops_every_step_and_not_only_the_one_it_falls_to(tmp_path):
+    rows = [*pairs(60), {"prompt": "w1", "chosen": None, "rejected": " w2"}, *pairs(60)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    for split in ("1,0,0", "0,1,0", "1,1,1"):
+        with pytest.raises(InputError, match="line 61: column chosen has type NoneType"):
+            data.load(arguments(tmp_path, path, data_split=split), make_tokenizer(), 2, SPLITS)
 
 
 def test_too_few_rows_for_a_step_and_a_bad_split(tmp_path):
@@ -225,7 +256,7 @@ def test_too_few_rows_for_a_step_and_a_bad_split(tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", pairs(50))
     for split in ("1,2", "a,b,c", "0,0,0", "1,-1,1"):
         with pytest.raises(InputError, match="--data_split"):
-            data.load(arguments(tmp_path, path, data_split=split), make_tokenizer(), phase=2)
+            data.load(arguments(tmp_path, path, data_split=split), make_tokenizer(), 2, SPLITS)
 
 
 def test_the_real_preference_pairs():

@@ -1,6 +1,7 @@
 """The scripts as people run them: every launcher, one rank and two, short runs, bad input."""
 
 import gzip
+import inspect
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import train_ppo
 import train_rm
 import train_sft
 from rlhf import args as flags
+from rlhf import losses
 from tests.conftest import SHARED, metrics, run_script, write_jsonl
 
 SMALL = dict(max_eval_rows=40, log_interval=1, max_seq_len=32)
@@ -212,14 +214,68 @@ def test_the_unsupervised_mix_keeps_text_likely(world, ppo, call, tmp_path):
     assert rows[-1]["unsup_loss"] < rows[0]["unsup_loss"] - 0.5
 
 
-def test_a_missing_end_of_sequence_is_penalised(world, ppo, call):
+@pytest.mark.parametrize("clip", [0.01, 1000])
+def test_a_missing_end_of_sequence_is_penalised_whatever_the_clip(world, ppo, call, clip):
     for name, penalty in (("free", 0), ("priced", 3)):
-        price = dict(missing_eos_penalty=penalty, clip_reward=1000, kl_coef=0, max_steps=1)
+        price = dict(missing_eos_penalty=penalty, clip_reward=clip, kl_coef=0, max_steps=1)
         assert call(train_ppo, **ppo(name, **price))[0] == 0
     free, priced = (metrics(world["out"] / name)[0] for name in ("free", "priced"))
     assert free["score"] == priced["score"] and 0 < free["eos_rate"] < 1
     cut_short = 1 - free["eos_rate"]
     assert priced["reward"] == pytest.approx(free["reward"] - 3 * cut_short, abs=1e-5)
+
+
+def test_every_flag_of_the_algorithm_arrives_where_it_belongs(ppo, call, monkeypatch):
+    calls = {}
+
+    def spy(name):
+        signature, real = inspect.signature(getattr(losses, name)), getattr(losses, name)
+
+        def watched(*arguments, **settings):
+            bound = signature.bind(*arguments, **settings)
+            bound.apply_defaults()
+            calls[name] = bound.arguments
+            return real(*arguments, **settings)
+
+        monkeypatch.setattr(train_ppo, name, watched)
+
+    for name in ("shaped_rewards", "gae", "policy_loss", "value_loss", "whiten"):
+        spy(name)
+    reward = dict(kl_coef=0.03, kl_estimator="k3", gamma=0.9, lam=0.8, no_whiten_advantages=True)
+    update = dict(clip=0.11, value_clip=0.07, ppo_epochs=2, lr_scheduler_type="linear")
+    assert (
+        call(train_ppo, **ppo("wired", **reward, **update, actor_lr=1e-3, critic_lr=2e-3))[0] == 0
+    )
+    assert calls["shaped_rewards"]["kl_coef"] == 0.03 and calls["shaped_rewards"]["kind"] == "k3"
+    assert calls["gae"]["gamma"] == 0.9 and calls["gae"]["lam"] == 0.8
+    assert calls["policy_loss"]["clip"] == 0.11 and calls["value_loss"]["clip"] == 0.07
+    assert "whiten" not in calls
+    assert call(train_ppo, **ppo("white", max_steps=1))[0] == 0 and "whiten" in calls
+
+
+def test_schedules_end_with_the_run_and_the_unsupervised_weight_counts(world, ppo, call, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(["w5 w6 w7 w8 w9 w10"] * 400))
+    text = dict(unsupervised_dataset_name=tmp_path / "text.txt", ppo_epochs=2, max_steps=4)
+    rates = dict(actor_lr=1e-3, critic_lr=2e-3, lr_scheduler_type="linear")
+    for name, weight in (("none", 0), ("some", 10), ("more", 20)):
+        assert call(train_ppo, **ppo(name, **text, **rates, unsup_coef=weight))[0] == 0
+    none, some, more = (metrics(world["out"] / name) for name in ("none", "some", "more"))
+    assert [row["actor_lr"] for row in none] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [row["critic_lr"] for row in none] == pytest.approx([2e-3, 1.5e-3, 1e-3, 5e-4])
+    # at first the two parts of the gradient add up, the text's far larger than the policy's
+    assert more[0]["actor_grad_norm"] > 1.5 * some[0]["actor_grad_norm"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"zero_stage": 1}, {"dtype": "bf16"}])
+def test_the_gradient_norm_is_this_steps_with_accumulation_too(world, start, call, changes):
+    start.update(max_steps=3, lr=1e-2, **changes)
+    whole, cut = world["out"] / "whole", world["out"] / "cut"
+    assert call(train_sft, **start, per_device_train_batch_size=8, output_dir=whole)[0] == 0
+    accumulate = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert call(train_sft, **start, **accumulate, output_dir=cut)[0] == 0
+    tolerance = 0.05 if "dtype" in changes else 1e-5
+    for one, two in zip(metrics(whole)[1:4], metrics(cut)[1:4]):
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=tolerance)
 
 
 # launchers and ranks
@@ -315,6 +371,8 @@ def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, tmp_p
         (train_ppo, "--lam 2", "must be a number from 0 to 1"),
         (train_ppo, "--top_p 0", "must be a number above 0, at most 1"),
         (train_ppo, "--per_device_training_batch_size 7", "a rollout of 16 rows"),
+        (train_sft, "--max_seq_len 1", "must be a whole number above 1, not 1"),
+        (train_sft, "--seed 5000000000", "must be a whole number below 2^31"),
         (train_ppo, "stray", "stray: does not belong to any flag"),
     ],
 )
@@ -365,6 +423,9 @@ def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
         (train_rm, {**start, "data_path": tmp_path / "no.jsonl"}, "there is no such file"),
         (train_sft, {**start, "output_dir": "/proc/no"}, "cannot write to --output_dir /proc/no"),
         (train_sft, {**start, "output_dir": f"{file}/in"}, "cannot write to --output_dir"),
+        (train_sft, {**start, "data_output_path": f"{file}/in"}, "write to --data_output_path"),
+        (train_sft, {**start, "data_split": "nan,1,1"}, "--data_split must be three numbers"),
+        (train_ppo, ppo_with(unsupervised_dataset_name=rm / "model.safetensors"), "as text"),
         (train_sft, {**start, "per_device_train_batch_size": 4096}, "do not fill one step of"),
     ]:
         code, error = call(script, **{"output_dir": rm, **settings})
