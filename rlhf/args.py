@@ -51,8 +51,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def leave(message, code=1):
-    """End this process with one sentence, which rank 0 says while the others give it the time."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """End this process with one sentence; a node's first rank says it, the others give it time."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(2)
