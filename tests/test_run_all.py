@@ -13,6 +13,7 @@ def test_the_whole_pipeline_learns_the_embedded_world(tmp_path):
         **os.environ,
         "OUTPUT": str(tmp_path),
         "DS_ACCELERATOR": "cpu",
+        "MASTER_PORT": str(29500 + os.getpid() % 1000),
         "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],
         "SFT_FLAGS": "--max_steps 100 --max_eval_rows 300",
         "RM_FLAGS": "--max_steps 250 --max_eval_rows 300",
