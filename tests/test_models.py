@@ -202,6 +202,13 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
     models.check_context(policy, good, 64)
 
 
+def test_heads_compute_in_fp32_under_bf16_weights(model_folder):
+    model, tokenizer = scalar(model_folder(), dtype=torch.bfloat16)
+    assert model.classifier.score.weight.dtype == torch.bfloat16
+    values = models.state_values(model, data.collate(tokenizer, ROWS))
+    assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+
+
 def test_an_interrupted_save_leaves_the_previous_model(model_folder, tmp_path, monkeypatch):
     start = model_folder()
     tokenizer = models.load_tokenizer(start)
