@@ -2,6 +2,7 @@
 
 Here are the engines, what it takes to give them one global mean an optimizer step, and collectives
 that work just as well in a process that no launcher started."""
+import atexit
 import contextlib
 import datetime
 import io
@@ -9,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import warnings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,7 +49,15 @@ def init(args):
     with hushed(args):
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False,
                                    timeout=datetime.timedelta(hours=4))   # rank 0 may tokenise
+    atexit.register(_leave_group)
     transformers.set_seed(args.seed)
+
+
+def _leave_group():
+    """Without it gloo's threads outlive Python, and abort one exit in ten.  After a failure the
+    other ranks may still wait for this one, and it for them: then it just goes."""
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
 
 
 def seed_ranks(seed):
