@@ -5,9 +5,8 @@
 #   ACTOR=facebook/opt-1.3b CRITIC=facebook/opt-350m DATA=Dahoas/rm-static NUM_GPUS=8 \
 #       bash run_all.sh     other models and data, with DeepSpeed-Chat's settings for that pair
 #
-# Also: OUTPUT (output), SEED (1234), SPLIT (--data_split), ZERO_STAGE (2; other models only), DTYPE
-# (auto), MASTER_PORT (29500; another for each of two runs at a time); SFT_FLAGS, RM_FLAGS, PPO_FLAGS,
-# EVAL_FLAGS are added to the commands and win over theirs.
+# Also: OUTPUT, SEED, SPLIT (--data_split), ZERO_STAGE (other models only), DTYPE, MASTER_PORT (one a
+# run at a time); SFT_FLAGS, RM_FLAGS, PPO_FLAGS, EVAL_FLAGS are added to the commands, and win.
 set -euo pipefail
 cd "$(dirname "$0")"
 ACTOR=${ACTOR:-toy} DATA=${DATA:-toy} NUM_GPUS=${NUM_GPUS:-1}

@@ -9,5 +9,5 @@ setup(
     packages=["rlhf"],
     install_requires=["torch>=2.6", "deepspeed>=0.17", "transformers>=5", "datasets>=4", "tqdm"],
     extras_require={"test": ["pytest", "tensorboard"], "log": ["tensorboard"],
-                    "plot": ["matplotlib"]},
+                    "plot": ["matplotlib"]}
 )

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from rlhf import args as flags
-from rlhf import data, engine, models
+from rlhf import batches, data, engine, models
 from rlhf.args import (count, fraction, non_negative, open_fraction, positive, positive_int,
                        probability)
 from rlhf.ema import EMA
@@ -65,7 +65,7 @@ def parse():
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
     add("--value_clip", type=positive, default=0.2, help="of a value's move [DSC, constant]")
-    add("--unsupervised_dataset_name", help="text to mix in: toy, a .txt file or a hub id [DSC]")
+    add("--unsupervised_dataset_name", help="text to mix in: toy, .txt, or a column text [DSC]")
     add("--unsupervised_dataset_config_name", help="configuration of a hub id [DSC]")
     add("--unsup_coef", type=non_negative, default=27.8, help="weight of that text's loss [IGPT]")
     flags.add_training(parser, warmup=100)
@@ -143,7 +143,7 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                                                   mask, args.clip, denom)
                 metrics["policy_loss"] = actor_loss.detach()
                 if text is not None:       # Ouyang et al. 2022 (arXiv:2203.02155) eq. 2, last term
-                    block = next(text)     # blocks are equally long: this mean is the global one
+                    block = next(text)                 # differs: texts do not see each other
                     unsup_loss = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
@@ -175,6 +175,8 @@ def load_models(args, tokenizer, total):
     critic, reward_model = (models.load_scalar(paths[1], tokenizer, dtype) for _ in range(2))
     for model, path in zip((actor, critic), paths):
         models.check_context(model, path, args.max_prompt_seq_len + args.max_answer_seq_len)
+    if args.unsupervised_dataset_name:
+        models.check_packing(actor, paths[0])
     common = (args.per_device_training_batch_size,
               total * args.ppo_epochs * args.rows // args.step_rows)
     actor = engine.train_engine(actor, args, args.actor_learning_rate, args.actor_weight_decay,
@@ -192,15 +194,15 @@ def main():
     flags.check_writable(args.output_dir)
     engine.init(args)
 
-    tokenizer = models.load_tokenizer(args.actor_model_name_or_path)
+    tokenizer = models.load_tokenizer(args.actor_model_name_or_path, args)
     models.check_same_vocabulary(args.actor_model_name_or_path, tokenizer,
                                  args.critic_model_name_or_path)
-    [train] = data.load(args, tokenizer, 3, ["train"], max_prompt=args.max_prompt_seq_len)
-    to_batch = partial(data.collate, tokenizer, responses=())
+    train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
+    to_batch = partial(batches.collate, tokenizer, responses=())
     cut = (args.per_device_generation_batch_size, args.generation_batches)
-    epoch = data.steps_per_epoch(train, *cut, "--per_device_generation_batch_size")
+    epoch = batches.steps_per_epoch(train, *cut, "--per_device_generation_batch_size")
     total = args.max_steps or epoch * args.num_train_epochs
-    text = data.text_stream(args, tokenizer)
+    text = batches.text_stream(args, tokenizer)
 
     actor, critic, reference, reward_model = load_models(args, tokenizer, total)
     ema = EMA(actor.module, args.ema_decay) if args.enable_ema else None
@@ -208,7 +210,7 @@ def main():
 
     log = Log(args, total, ("score", "kl", "response_length", "eos_rate", "ratio_max", "clip_frac",
                             "value_loss", "explained_variance", "seconds"), actor)
-    for step, prompts in data.optimizer_steps(train, to_batch, *cut, args.seed, total):
+    for step, prompts in batches.optimizer_steps(train, to_batch, *cut, args.seed, total):
         lrs = {"actor_lr": actor.get_lr()[0], "critic_lr": critic.get_lr()[0]}
         experience, sampled = rollout(actor, reference, critic, reward_model, prompts, tokenizer,
                                       args)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from rlhf import args as flags
-from rlhf import data, engine, models
+from rlhf import batches, data, engine, models
 from rlhf.log import Log, count_tokens, forward_flops
 from rlhf.losses import bradley_terry_loss
 
@@ -48,7 +48,7 @@ def evaluate(model, rows, collate, batch_size):
     """The statistics of the held-out pairs and, where it is known, the best accuracy possible."""
     model.eval()
     pairs = torch.cat([torch.stack(models.sequence_scores(model, batch).chunk(2), 1)
-                       for batch in data.eval_batches(rows, collate, batch_size)])
+                       for batch in batches.eval_batches(rows, collate, batch_size)])
     found = statistics(*engine.gather_rows(pairs, len(rows)).unbind(1))
     if "bayes" in rows.column_names and None not in rows["bayes"]:
         found["accuracy_ceiling"] = sum(max(p, 1 - p) for p in rows["bayes"]) / len(rows)
@@ -60,11 +60,11 @@ def main():
     flags.check_writable(args.output_dir)
     engine.init(args)
 
-    tokenizer = models.load_tokenizer(args.model_name_or_path)
-    train, held_out = data.load(args, tokenizer, 2, ["train", "held_out"])
-    to_batch = partial(data.collate, tokenizer, responses=("chosen", "rejected"))
+    tokenizer = models.load_tokenizer(args.model_name_or_path, args)
+    train, held_out = data.load(args, tokenizer, 2)
+    to_batch = partial(batches.collate, tokenizer, responses=("chosen", "rejected"))
     cut = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    epoch = data.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
+    epoch = batches.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
     total = args.max_steps or epoch * args.num_train_epochs
 
     model = models.load_scalar(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
@@ -77,7 +77,8 @@ def main():
     log = Log(args, total, ("loss", "accuracy", "margin", "lr", "tokens_per_second"), model)
     evaluation = partial(evaluate, model, held_out, to_batch, args.per_device_eval_batch_size)
     log.evaluation(0, evaluation())
-    for step, micro_batches in data.optimizer_steps(train, to_batch, *cut, args.seed, total):
+    for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
+                                                       args.group_by_length):
         lr = model.get_lr()[0]
         metrics = train_step(model, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics), "lr": lr})

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from rlhf import args as flags
-from rlhf import data, engine, models
+from rlhf import batches, data, engine, models
 from rlhf.log import Log, count_tokens, forward_flops
 from rlhf.losses import masked_mean
 
@@ -20,20 +20,17 @@ def parse():
     flags.add_model(parser)
     parser.add_argument("--train_on_prompt", action="store_true",
                         help="prompts too, as DeepSpeed-Chat does [ours: responses only]")
+    parser.add_argument("--packing", action="store_true",
+                        help="several rows in one sequence, apart [ours: as DSC pads]")
     flags.add_data(parser)
     parser.add_argument("--sft_only_data_path", nargs="*", default=[],
                         help="data sets without pairs, used whole by step 1 [DSC]")
     flags.add_training(parser, learning_rate=1e-3)
     flags.add_run(parser, "output/sft")
-    return parser.parse_args()
-
-
-def collate(tokenizer, train_on_prompt, rows):
-    """Rows -> a batch; with train_on_prompt everything after a row's first token is response."""
-    if train_on_prompt:
-        rows = [{"prompt": row["prompt"][:1], "chosen": row["prompt"][1:] + row["chosen"]}
-                for row in rows]
-    return data.collate(tokenizer, rows)
+    args = parser.parse_args()
+    if args.packing and args.group_by_length:
+        parser.error("--packing leaves no padding for --group_by_length to save: choose one")
+    return args
 
 
 def train_step(policy, micro_batches):
@@ -54,7 +51,7 @@ def evaluate(policy, rows, collate, batch_size):
     """Perplexity of the held-out responses: exp of the mean negative log-likelihood per token."""
     policy.eval()
     sums = []
-    for batch in data.eval_batches(rows, collate, batch_size):
+    for batch in batches.eval_batches(rows, collate, batch_size):
         logp = models.policy_logprobs(policy, batch).masked_fill(~batch["mask"], 0)
         sums.append(torch.stack([logp.sum(1), batch["mask"].sum(1)], 1))            # (B, 2)
     logp, tokens = engine.gather_rows(torch.cat(sums), len(rows)).double().sum(0).tolist()
@@ -66,23 +63,30 @@ def main():
     flags.check_writable(args.output_dir)
     engine.init(args)
 
-    tokenizer = models.load_tokenizer(args.model_name_or_path)
-    train, held_out = data.load(args, tokenizer, 1, ["train", "held_out"])
-    to_batch = partial(collate, tokenizer, args.train_on_prompt)
+    tokenizer = models.load_tokenizer(args.model_name_or_path, args)
+    train, held_out = data.load(args, tokenizer, 1)
+    to_batch = to_eval_batch = partial(batches.collate, tokenizer)
+    if args.packing:
+        train = batches.Packs(train, args.max_seq_len)
+        to_batch = partial(batches.collate_packs, tokenizer)
     cut = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    epoch = data.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
+    epoch = batches.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
     total = args.max_steps or epoch * args.num_train_epochs
 
     policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype))
     models.check_context(policy, args.model_name_or_path, args.max_seq_len)
+    if args.packing:
+        models.check_packing(policy, args.model_name_or_path)
     policy = engine.train_engine(policy, args, args.learning_rate, args.weight_decay,
                                  args.zero_stage, cut[0], total)
     engine.seed_ranks(args.seed)
 
     log = Log(args, total, ("loss", "grad_norm", "lr", "tokens_per_second"), policy)
-    evaluation = partial(evaluate, policy, held_out, to_batch, args.per_device_eval_batch_size)
+    evaluation = partial(evaluate, policy, held_out, to_eval_batch,
+                         args.per_device_eval_batch_size)
     log.evaluation(0, evaluation())
-    for step, micro_batches in data.optimizer_steps(train, to_batch, *cut, args.seed, total):
+    for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
+                                                       args.group_by_length):
         lr = policy.get_lr()[0]
         metrics = train_step(policy, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics), "lr": lr})

@@ -1,1 +1,0 @@
-"""The reference implementation of RLHF: supervised fine-tuning, reward model, PPO."""

@@ -11,20 +11,17 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
              "constant_with_warmup")
 
 # DeepSpeed-Chat's flags that we do without, and what to use instead.
-REMOVED = {
-    "--num_padding_at_beginning": "scores are read at the last real token: drop it",
-    "--compute_fp32_loss": "log-probs and losses are always fp32: drop it",
-    "--dropout": "step 1 uses the model's own (see its config.json), steps 2 and 3 none: drop it",
-    "--actor_dropout": "step 3 runs without dropout, or the ratio would not start at 1: drop it",
-    "--critic_dropout": "step 3 runs without dropout: drop it",
-    "--enable_test_mode": "use --max_steps N",
-    "--test_stop_step": "use --max_steps N",
-    "--print_loss": "every step's loss is in metrics.jsonl; --log_interval sets what is printed",
-    "--print_answers": "use --print_answers_interval N",
-    "--eval_iters": "the evaluation covers all held-out rows; --max_eval_rows N cuts it",
-    "--unpin_actor_parameters": "it belongs to the hybrid engine, which is not here",
-    "--release_inference_cache": "it belongs to the hybrid engine, which is not here",
-}
+REMOVED = {flag: answer for flags, answer in {
+    "num_padding_at_beginning": "scores are read at the last real token: drop it",
+    "compute_fp32_loss": "log-probs and losses are always fp32: drop it",
+    "dropout": "step 1 uses the model's own (see its config.json), steps 2 and 3 none: drop it",
+    "actor_dropout critic_dropout": "step 3 runs without dropout, or the ratio is not 1: drop it",
+    "enable_test_mode test_stop_step": "use --max_steps N",
+    "print_loss": "every step's loss is in metrics.jsonl; --log_interval sets what is printed",
+    "print_answers": "use --print_answers_interval N",
+    "eval_iters": "the evaluation covers all held-out rows; --max_eval_rows N cuts it",
+    "unpin_actor_parameters release_inference_cache": "belongs to the hybrid engine: drop it",
+}.items() for flag in flags.split()}
 
 
 class InputError(Exception):
@@ -41,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
         for flag in (text.split("=")[0] for text in unknown if text.startswith("-")):
-            self.error(f"{flag}: {REMOVED.get(flag, 'no such flag, see --help')}")
+            self.error(f"{flag}: {REMOVED.get(flag.strip('-'), 'no such flag, see --help')}")
         if unknown:
             self.error(f"{unknown[0]}: does not belong to any flag, see --help")
         return parsed
@@ -57,6 +54,23 @@ def leave(message, code=1):
     else:
         time.sleep(2)
     raise SystemExit(code)
+
+
+def opened(function, path, what, *rest, **kwargs):
+    """Call a loader of a folder or hub id; whatever goes wrong becomes one sentence."""
+    local = os.path.exists(path)
+    if not local and (path.startswith((".", "/")) or path.count("/") > 1):
+        raise InputError(f"{path}: there is no such file or folder")
+    try:
+        return function(path, *rest, **kwargs)
+    except Exception as error:            # of many libraries' own types
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "scripts are no longer supported" in reason:
+            reason = (f"its script is no longer run; convert it once: pip install 'datasets<4', "
+                      f"load_dataset('{path}', trust_remote_code=True).save_to_disk('folder'), and "
+                      f"give the folder")
+        where = "" if local else " (there is no such folder, so it was sought on the hub)"
+        raise InputError(f"cannot load {what} {path}{where}: {reason}") from error
 
 
 def run(main):
@@ -98,39 +112,36 @@ def add_model(parser):
 def add_data(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", default=["toy"],
-        help="toy, hub ids, .jsonl files (.gz too), folders with train and test files "
-             "[ours: runs without network]")
-    add("--data_split", default="2,4,4",
-        help="shares of the rows that steps 1, 2 and 3 train on, disjoint [DSC]")
+        help="toy, hub ids (or id:configuration), .json, .jsonl (.gz too) and .parquet files, "
+             "folders of train and test files, save_to_disk folders [ours: runs without network]")
+    add("--data_split", default="2,4,4", help="disjoint shares of the rows for steps 1,2,3 [DSC]")
     add("--data_output_path", default=os.path.expanduser("~/.cache/rlhf"),
         help="where tokenised data is cached [ours: /tmp belongs to everyone]")
-    add("--eval_fraction", type=open_fraction, default=0.1,
-        help="held out from a data set that has no test rows of its own [ours: the usual tenth]")
-    add("--max_eval_rows", type=positive_int, default=4000,
-        help="held-out rows to evaluate on, at most [ours: accuracy to one point]")
+    add("--eval_fraction", type=open_fraction, default=0.1, help="of data without test rows [ours]")
+    add("--dedup_prompts", action=argparse.BooleanOptionalAction, default=True,
+        help="a prompt is in one step only, never held out too; no row twice [ours: no leaks]")
+    add("--end_of_conversation_token", help="ends every response [ours: the tokenizer's eos]")
+    add("--add_eot_token", action="store_true", help="it is new: embeddings get a row [DSC]")
+    add("--preprocessing_num_workers", type=positive_int, default=min(8, os.cpu_count() or 1),
+        help="processes that tokenise, where there are rows enough [ours: the cores, up to 8]")
+    add("--max_eval_rows", type=positive_int, default=4000, help="[ours: accuracy to one point]")
 
 
 def add_training(parser, learning_rate=None, warmup=0):
     """What the scripts share; step 3 passes no learning_rate and has its own flags instead."""
     add = parser.add_argument_group("training").add_argument
     if learning_rate is not None:
-        add("--learning_rate", "--lr", type=non_negative, default=learning_rate,
-            help="peak learning rate [DSC]")
+        add("--learning_rate", "--lr", type=non_negative, default=learning_rate, help="peak [DSC]")
         add("--weight_decay", type=non_negative, default=0.0, help="of matrices only [DSC]")
-        add("--per_device_train_batch_size", type=positive_int, default=16,
-            help="rows a rank holds at a time [DSC]")
-        add("--per_device_eval_batch_size", type=positive_int, default=16,
-            help="rows a rank evaluates at a time [DSC]")
-        add("--max_seq_len", type=at_least_2, default=512,
-            help="tokens; longer prompts lose their beginning, longer responses their end [DSC]")
-        add("--eval_interval", type=count, default=0,
-            help="steps between evaluations, 0: once an epoch [DSC]")
+        add("--per_device_train_batch_size", type=positive_int, default=16, help="rows [DSC]")
+        add("--per_device_eval_batch_size", type=positive_int, default=16, help="rows [DSC]")
+        add("--max_seq_len", type=at_least_2, default=512, help="tokens; long rows are cut [DSC]")
+        add("--group_by_length", action="store_true", help="pads less [ours: off, steps random]")
+        add("--eval_interval", type=count, default=0, help="in steps; 0: once an epoch [DSC]")
         add("--zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage [DSC]")
     add("--num_train_epochs", type=positive_int, default=1, help="passes over the data [DSC]")
-    add("--gradient_accumulation_steps", type=positive_int, default=1,
-        help="micro-batches an optimizer step [DSC]")
-    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine",
-        help="Transformers' schedules [DSC]")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches [DSC]")
+    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="Transformers' [DSC]")
     add("--num_warmup_steps", type=count, default=warmup, help="optimizer steps [DSC]")
     add("--adam_beta2", type=open_fraction, default=0.95, help="with beta1 0.9 [DSC]")
     add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")

@@ -1,299 +1,240 @@
-"""Data sets: rows of a prompt and one or two responses -> three disjoint phases -> ids -> batches.
+"""Data sets: raw rows -> three disjoint phases -> ids in an Arrow cache that all ranks map.
 
-A row is read by convention: `prompt` with `chosen` and `rejected` (pairs) or with `response`
-(instructions; step 1 prefers it where a pair has one).  Tokenised rows are an Arrow file, built by
-rank 0 and memory-mapped by all, in a folder named by the SHA-256 of all that determines it."""
-import gzip
+    python -m rlhf.data --data_path Dahoas/rm-static --phase 2 --tokenizer facebook/opt-350m
+
+prints what training would see.  To add a data set, add a row to DATASETS."""
 import hashlib
-import inspect
-import json
 import os
-import random
 import re
-import shutil
-import sys
+from collections import Counter
+from functools import partial
+from typing import Callable, NamedTuple
 
-import torch
-from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+import numpy as np
+from datasets import DatasetDict, concatenate_datasets, load_from_disk
 
-from rlhf import engine, toy
-from rlhf.args import InputError, check_writable, split_shares
+from rlhf import args as flags
+from rlhf import cache, engine, files, models, render
+from rlhf.args import InputError, split_shares
 from rlhf.log import say
 
-NEEDS = {1: ("prompt", "response"), 2: ("prompt", "chosen", "rejected"), 3: ("prompt",)}
-WHERE = "_where"                              # a row's column that says where it stands
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+class Layout(NamedTuple):
+    """How a row's columns become text.  "{a[b][0]}" is the value at that place; a value may be text
+    or a list of messages.  No prompt: it is what comes before the last answer."""
+    prompt: str | None
+    chosen: str | None = None          # the better response, or the only one
+    rejected: str | None = None
+    response: str | None = None        # what step 1 learns, where that is not `chosen`
+    fix: Callable | None = None        # a row -> a better row, or the reason to drop it
 
 
-def load(args, tokenizer, phase, splits, max_prompt=None):
-    """One phase's tokenised rows of all --data_path together, of each split: train, held_out.
-
-    -> a Dataset each, with columns prompt, chosen, rejected (lists of ids).  Phases 1 and 2 cut a
-    row to --max_seq_len tokens, phase 3 drops prompts of more than max_prompt.  InputError for what
-    cannot be read or used."""
-    check_writable(args.data_output_path, "--data_output_path")
-    sources = [(path, phase) for path in args.data_path]
-    sources += [(path, None) for path in getattr(args, "sft_only_data_path", [])]    # whole
-    loaded = []
-    for split in splits:
-        rows = concatenate_datasets([_cached(path, share, phase, split, args, tokenizer, max_prompt)
-                                     for path, share in sources])
-        if split == "held_out":
-            order = range(len(rows))
-            if len(sources) > 1:
-                order = random.Random(args.seed).sample(order, len(rows))
-            rows = rows.select(order[:args.max_eval_rows], keep_in_memory=True)
-        loaded.append(rows)
-    return loaded
+def _alpaca(row):
+    about = row.get("input", row.get("context"))
+    return {**row, "instruction": f"{row['instruction']}\n\n{about}"} if about else row
 
 
-def steps_per_epoch(rows, batch_size, accumulation, flag):
-    """Optimizer steps in one pass.  InputError when the rows do not fill a single one."""
-    span = batch_size * accumulation * engine.world_size()
-    if len(rows) < span:
-        raise InputError(f"{len(rows)} training rows do not fill one step of {span} (batch x "
-                         f"accumulation x ranks): lower {flag} or add data")
-    return len(rows) // span
+def _webgpt(row):
+    """The better answer first, without its citations."""
+    columns = ("answer_0", "answer_1")[::1 if row["score_0"] > row["score_1"] else -1]
+    best, worst = (re.sub(r"\s*[\[(]\d+(?:,\s*\d+)*[\])]", "", row[c] or "") for c in columns)
+    better = {**row, "answer_0": best, "answer_1": worst}
+    return "tie" if row["score_0"] == row["score_1"] else better
 
 
-def optimizer_steps(rows, collate, batch_size, accumulation, seed, total):
-    """Yields (step, list of micro-batches) for step 1..total.
-
-    Over the ranks a step covers the same rows however it is cut.  Every epoch has its own order and
-    leaves out another tail, that fills no step."""
-    world = engine.world_size()
-    span, step = batch_size * accumulation * world, 0
-    while step < total:
-        shuffle = torch.Generator().manual_seed(seed + step // (len(rows) // span))
-        order = torch.randperm(len(rows), generator=shuffle).tolist()
-        for start in range(0, len(rows) - span + 1, span)[:total - step]:
-            mine = order[start + engine.rank():start + span:world]
-            step += 1
-            yield step, [collate([rows[j] for j in mine[i:i + batch_size]])
-                         for i in range(0, len(mine), batch_size)]
+def _shp(row):
+    a, b = row["human_ref_A"], row["human_ref_B"]
+    return row if row["labels"] == 1 else {**row, "human_ref_A": b, "human_ref_B": a}
 
 
-def eval_batches(rows, collate, batch_size):
-    """This rank's share of the held-out rows, equally many on every rank: the first come round
-    again.  engine.gather_rows restores the order and drops the repeats."""
-    rank, world = engine.rank(), engine.world_size()
-    mine = [i % len(rows) for i in range(rank, -(-len(rows) // world) * world, world)]
-    for start in range(0, len(mine), batch_size):
-        yield collate([rows[i] for i in mine[start:start + batch_size]])
+def _last_answer(row):
+    """Each answer without the prompt in front of it."""
+    chosen, rejected = ((row[c] or "").rpartition("Assistant:")[2] for c in ("chosen", "rejected"))
+    return {**row, "chosen": chosen, "rejected": rejected}
 
 
-def collate(tokenizer, rows, responses=("chosen",)):
-    """Rows of ids -> a batch (see models.py); of two responses: all chosen, then all rejected."""
-    prompts = [row["prompt"] for row in rows] * max(1, len(responses))
-    batch = dict(zip(("prompt_ids", "prompt_mask"),
-                     pad(prompts, tokenizer.pad_token_id, left=True)))
-    if responses:
-        texts = [row[name] for name in responses for row in rows]
-        batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))
-    return batch
+def _speakers(row):
+    prompt = re.sub(r"\s*\bUSER:", render.HUMAN, row["prompt"] or "")
+    return {**row, "prompt": re.sub(r"\s*\bASSISTANT:", render.ASSISTANT, prompt)}
 
 
-def pad(sequences, fill, left=False):
-    """Lists of ids -> (B, longest) ids and mask, on this rank's device."""
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), fill)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        span = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        ids[row, span], mask[row, span] = torch.tensor(sequence, dtype=torch.long), True
-    return ids.to(engine.device()), mask.to(engine.device())
+ask = (render.HUMAN + " {{{}}}" + render.ASSISTANT).format                # a column -> a template
+
+# A data set is known by its hub id, else row by row by its columns: the layout that uses most.
+DATASETS = {
+    "prompt, chosen, rejected": Layout("{prompt}", "{chosen}", "{rejected}"),
+    "with a demonstration": Layout("{prompt}", "{chosen}", "{rejected}", "{response}"),
+    "prompt, response": Layout("{prompt}", "{response}"),
+    "prompt, completion": Layout("{prompt}", "{completion}"),
+    "prompt": Layout("{prompt}"),
+    "messages": Layout(None, "{messages}"),
+    "Dahoas/rm-static": Layout("{prompt}", "{chosen}", "{rejected}"),
+    "Dahoas/full-hh-rlhf": Layout("{prompt}", "{chosen}", "{rejected}"),
+    "Dahoas/synthetic-instruct-gptj-pairwise": Layout(ask("prompt"), " {chosen}", " {rejected}"),
+    "yitingxie/rlhf-reward-datasets": Layout("{prompt}Assistant:", "{chosen}", "{rejected}",
+                                             fix=_last_answer),
+    "openai/webgpt_comparisons": Layout(ask("question[full_text]"), " {answer_0}", " {answer_1}",
+                                        fix=_webgpt),
+    "stanfordnlp/SHP": Layout(ask("history"), " {human_ref_A}", " {human_ref_B}", fix=_shp),
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": Layout("{prompt}", " {label}", fix=_speakers),
+    "wangrui6/Zhihu-KOL": Layout(ask("INSTRUCTION"), " {RESPONSE}"),
+    "Cohere/miracl-zh-queries-22-12": Layout(ask("query"), " {positive_passages[0][text]}",
+                                             " {negative_passages[0][text]}"),
+    "Cohere/miracl-ja-queries-22-12": Layout(ask("query"), " {positive_passages[0][text]}",
+                                             " {negative_passages[0][text]}"),
+    "Hello-SimpleAI/HC3-Chinese": Layout(ask("question"), " {human_answers[0]}"),
+    "mkqa-Chinese": Layout(ask("queries[zh_cn]"), " {answers[zh_cn][0][text]}"),
+    "mkqa-Japanese": Layout(ask("queries[ja]"), " {answers[ja][0][text]}"),
+    "lmqg/qg_jaquad": Layout(ask("question"), " {sentence}"),
+    "lmqg/qag_jaquad": Layout(ask("questions[0]"), " {paragraph}"),
+    "Anthropic/hh-rlhf": Layout(None, "{chosen}", "{rejected}"),
+    "HuggingFaceH4/ultrafeedback_binarized": Layout("{prompt}", "{chosen}", "{rejected}"),
+    "tatsu-lab/alpaca": Layout(ask("instruction"), " {output}", fix=_alpaca),
+    "databricks/databricks-dolly-15k": Layout(ask("instruction"), " {response}", fix=_alpaca),
+}
+# Tokenised rows: length is that of the longer sequence; cut: whether it lost tokens; key: a hash of
+# the prompt's text; bayes: the embedded world's probability that chosen is preferred.
+COLUMNS = {"prompt": "ids", "chosen": "ids", "rejected": "ids", "length": "int32", "cut": "bool",
+           "key": "int64", "bayes": "float64"}
+ALIASES = {"mkqa-Chinese": "mkqa", "mkqa-Japanese": "mkqa", "local/jsonfile": "data"}    # DSC's
 
 
-def text_stream(args, tokenizer):
-    """Endless batches of plain text for the unsupervised loss; None if no data set is named for it.
-
-    Texts are joined, eos after each, and cut into blocks.  A block's first token is its prompt."""
-    path, length = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
-    if path is None:
-        return None
-    if path == "toy":
-        texts = toy.texts(args.seed)
-    elif os.path.isfile(path):
-        try:
-            with _open_text(path) as file:
-                texts = file.read().split("\n\n")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as text: {error}") from error
-    else:
-        rows = _hub(path, "train", args.unsupervised_dataset_config_name)
-        if "text" not in rows.column_names:
-            raise InputError(f"{path}: no column text (found: {', '.join(rows.column_names)})")
-        texts = rows["text"]
-    ids = [i for text in texts for i in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
-    blocks = [ids[i:i + length] for i in range(0, len(ids) - length + 1, length)]
-    rows = [{"prompt": block[:1], "chosen": block[1:]} for block in blocks]
-    cut = (args.per_device_training_batch_size, 1)
-    if len(rows) < cut[0] * engine.world_size():
-        raise InputError(f"--unsupervised_dataset_name {path}: {len(ids)} tokens fill {len(rows)} "
-                         f"blocks of {length}, fewer than one batch on every rank")
-    steps = optimizer_steps(rows, lambda rows: collate(tokenizer, rows), *cut, args.seed, 1 << 62)
-    return (micro_batch for _, [micro_batch] in steps)
+def layout_of(path, row, where):
+    """The Layout of a data set, or of a row by its columns."""
+    if path in DATASETS:
+        return DATASETS[path]
+    needs = lambda layout: {column for template in layout[:4]
+                            for column in re.findall(r"{(\w+)", template or "")}
+    known = [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]
+    if not known:
+        raise InputError(f"{where}: no layout fits columns {', '.join(row)}: rename them to prompt "
+                         f"and response, or prompt, chosen and rejected")
+    return max(known, key=lambda layout: len(needs(layout)))
 
 
-def read(path, args):
-    """A data set's raw rows -> training rows, held-out rows: sequences of dicts."""
-    if path == "toy":
-        return toy.rows(seed=args.seed)
-    if os.path.isdir(path):
-        files = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(SUFFIXES)]
-        starts = lambda *kinds: [f for f in files if os.path.basename(f).startswith(kinds)]
-        if not starts("train"):
-            raise InputError(f"--data_path {path}: the folder holds no train.jsonl or the like "
-                             f"({', '.join(SUFFIXES)})")
-        rows, held_out = ([row for file in group for row in _json_rows(file)]
-                          for group in (starts("train"), starts("test", "eval", "valid")))
-    elif os.path.isfile(path):
-        rows, held_out = _json_rows(path), []
-    elif path.endswith(SUFFIXES) or path.startswith((".", "/")) or path.count("/") != 1:
-        raise InputError(f"--data_path {path}: there is no such file or folder")
-    else:
-        splits = _hub(path)
-        rows, held_out = splits["train"], splits.get("test", splits.get("validation", []))
-    if len(rows) == 0:
-        raise InputError(f"--data_path {path}: it has no rows")
-    if len(held_out) == 0:
-        order = random.Random(args.seed).sample(range(len(rows)), len(rows))
-        cut = max(1, round(len(rows) * args.eval_fraction))
-        rows, held_out = [rows[i] for i in order[cut:]], [rows[i] for i in order[:cut]]
-    return rows, held_out
+def load(args, tokenizer, phase, max_prompt=None):
+    """One phase's rows of all --data_path -> training rows, held-out rows: Datasets with COLUMNS.
+
+    Without prompts of more than max_prompt tokens.  InputError for what cannot be read or used."""
+    flags.check_writable(args.data_output_path, "--data_output_path")
+    shares = np.cumsum([0.0, *split_shares(args.data_split)])[phase - 1:phase + 1].tolist()
+    sources = [(path, shares) for path in args.data_path]
+    sources += [(path, [0.0, 1.0]) for path in getattr(args, "sft_only_data_path", [])]
+    parts = []
+    for name, share in sources:
+        path = ALIASES.get(name, name)
+        length = 1 << 30 if phase == 3 else getattr(args, "max_seq_len", 1 << 30)
+        settings = {"max_seq_len": length, "max_prompt": max_prompt,
+                    "train_on_prompt": getattr(args, "train_on_prompt", False)}
+        identity = [name, cache.fingerprint(path), share, phase, args.seed, args.eval_fraction,
+                    args.dedup_prompts, settings]
+        build = partial(_build, name, path, share, phase, args, tokenizer, settings)
+        folder = cache.cached(args, tokenizer, identity, build)
+        with open(os.path.join(folder, "report.txt")) as file:
+            say(file.read())
+        parts.append(load_from_disk(folder))
+    train, held_out = (concatenate_datasets([part[split] for part in parts])
+                       for split in ("train", "held_out"))
+    keys, held_keys = (rows.with_format("numpy")["key"][:] for rows in (train, held_out))
+    if (shared := np.isin(keys, held_keys)).any():
+        say(f"{shared.sum()} training rows left out: their prompts are held out")
+        train = train.select(np.flatnonzero(~shared))
+    return train, held_out.select(np.argsort(held_keys, kind="stable")[:args.max_eval_rows])
 
 
-def phase_rows(rows, phase, args):
-    """The phase's share of the rows, cut from one seeded order that is the same for every phase."""
-    shares = split_shares(args.data_split)
-    start, end = (round(sum(shares[:n]) * len(rows)) for n in (phase - 1, phase))
-    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
-    return [rows[i] for i in order[start:end]]
+def _build(name, path, share, phase, args, tokenizer, settings, folder):
+    """Render and tokenise one phase of a data set into `folder`, row by row from a stream."""
+    report, saved = [], {}
+    streams, work = files.read(path, args.seed), os.path.join(folder, "work")
+    train, held_out = (_texts(rows, name, phase, args, tokenizer, os.path.join(work, str(part)))
+                       for part, rows in enumerate(streams))
+    if not train:
+        raise InputError(f"{path}: it has no rows")
+    keys = train.with_format("numpy")["key"][:]
+    prompts = np.unique(keys[keys != 0])      # in the order of their hashes: a seeded permutation
+    place, cut = np.searchsorted(prompts, keys), len(prompts)
+    if not held_out:
+        cut -= max(1, round(args.eval_fraction * cut))
+    low, high = (round(edge * cut) for edge in share)
+    chosen = {"train": (train, (low <= place) & (place < high) | (keys == 0)),
+              "held_out": (held_out, np.full(len(held_out), True)) if held_out
+              else (train, (cut <= place) & (keys != 0))}
+    for split, (texts, mine) in chosen.items():
+        reasons, twins = (texts.with_format("numpy")[name][:] for name in ("reason", "twin"))
+        counts = Counter(render.REASONS[reason] for reason in reasons[mine])
+        rows = np.flatnonzero(mine & (reasons == 0))
+        if args.dedup_prompts:
+            rows = rows[np.sort(np.unique(twins[rows], return_index=True)[1])]
+        counts["repeated"] = counts["used"] - len(rows)
+        texts = texts.select(rows).remove_columns(["twin", "reason"])
+        function = partial(render.tokenise, tokenizer, **settings)
+        saved[split] = cache.tokenised(texts, function, args, **COLUMNS)
+        counts["prompt too long"] = len(rows) - len(saved[split])
+        del counts["used"]
+        lost = ", ".join(f"{n} {reason}" for reason, n in (+counts).items())
+        report.append(f"{name}, step {phase}, {split} rows: {len(saved[split])} of {mine.sum()} "
+                      f"used{f' ({lost})' if lost else ''}")
+        if not saved[split] and (split == "train" or phase < 3):
+            raise InputError(f"{report[-1]}: choose other data, --data_split or lengths")
+    DatasetDict(saved).save_to_disk(folder)
+    with open(os.path.join(folder, "report.txt"), "w") as file:
+        file.write("\n".join(report))
 
 
-def render(row, phase):
-    """A raw row -> dict of prompt, chosen, rejected: text, or None where the phase needs none; None
-    altogether if the row cannot serve.  InputError that names a missing or mistyped column."""
-    where = row.get(WHERE, "a row")
-    if phase == 1 and "response" not in row and "chosen" in row:
-        row = {**row, "response": row["chosen"]}
-    for name in NEEDS[phase]:
-        if name not in row:
-            raise InputError(f"{where}: column {name} is missing (found: "
-                             f"{', '.join(n for n in row if n != WHERE)}); step "
-                             f"{phase} needs {', '.join(NEEDS[phase])}")
-        if not isinstance(row[name], str):
-            kind = type(row[name]).__name__
-            raise InputError(f"{where}: column {name} has type {kind}, but must be text")
-        if not row[name].isascii() and re.search("[\ud800-\udfff]", row[name]):
-            raise InputError(f"{where}: column {name} holds half a surrogate pair: repair it")
-    values = [row[name] for name in NEEDS[phase]]
-    if not all(value.strip() for value in values) or (phase == 2 and values[1] == values[2]):
-        return None
-    return dict(zip(("prompt", "chosen", "rejected"), values + [None, None]))
+def _texts(stream, name, phase, args, tokenizer, cache_dir):
+    """A stream of raw rows -> Dataset of texts, hashes of prompt and row, and why to drop it.
+
+    All rows are rendered, so that a bad one stops every step and not just the one it falls to."""
+    layouts = {}
+    def number(*texts):
+        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big", signed=True) or 1
+    def rows():
+        for row, where in stream:
+            columns = tuple(row)
+            if columns not in layouts:
+                layouts[columns] = layout_of(name, row, where)
+            reason, prompt, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
+            key = number(str(args.seed), prompt if args.dedup_prompts else where)
+            yield {**dict(zip(("prompt", "chosen", "rejected"), texts)),
+                   "reason": render.REASONS.index(reason), "key": key if prompt else 0,
+                   "twin": number(*texts), "bayes": row["bayes"] if name == "toy" else None}
+    return cache.collect(rows(), cache_dir, prompt="string", chosen="string", rejected="string",
+                         reason="int8", key="int64", twin="int64", bayes="float64")
 
 
-def tokenise(row, tokenizer, max_seq_len, max_prompt):
-    """Text -> ids.  A response is tokenised behind its prompt, so that no tokenizer invents a space
-    between the two, and ends with eos, also when cut.  None if the prompt exceeds max_prompt."""
-    eos = tokenizer.eos_token_id
-    def ids_of(text, **kwargs):
-        ids = tokenizer(text, **kwargs)["input_ids"]
-        return ids[:-1] if ids and ids[-1] == eos and len(ids) > 1 else ids     # some add it
-    prompt, responses = ids_of(row["prompt"]), {"chosen": [], "rejected": []}
-    if max_prompt is not None and len(prompt) > max_prompt:
-        return None
-    for name in responses:
-        if row[name] is not None:
-            both = ids_of(row["prompt"] + row[name])
-            apart = both[:len(prompt)] == prompt        # not where a token spans the border
-            response = both[len(prompt):] if apart else ids_of(row[name], add_special_tokens=False)
-            responses[name] = response[:max_seq_len - 2] + [eos]
-    room = max_seq_len - max(map(len, responses.values()))
-    if len(prompt) > room > 1 and prompt[0] == tokenizer.bos_token_id:
-        prompt = prompt[:1] + prompt[1 - room:]
-    return {"prompt": prompt[-room:], **responses}
+def inspect_data():
+    """What training would see: rows kept and dropped, lengths, three examples."""
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument
+    add("--phase", type=int, choices=(1, 2, 3), default=1, help="step [ours]")
+    add("--tokenizer", default="toy", help="toy, a model folder or a hub id [ours]")
+    add("--max_seq_len", type=flags.at_least_2, default=512, help="of steps 1 and 2 [DSC]")
+    add("--max_prompt_seq_len", type=flags.positive_int, default=256, help="of step 3 [DSC]")
+    add("--sft_only_data_path", nargs="*", default=[], help="step 1's [DSC]")
+    add("--train_on_prompt", action="store_true", help="step 1's [ours]")
+    flags.add_data(parser)
+    flags.add_run(parser, None)
+    args = parser.parse_args()
+    engine.quieten(args.log_level)
+    tokenizer = models.load_tokenizer(args.tokenizer, args)
+    max_prompt = args.max_prompt_seq_len if args.phase == 3 else None
+    rows, _ = load(args, tokenizer, args.phase, max_prompt)
+    names, quantiles = list(COLUMNS)[:render.NEEDED[args.phase]], (0, 5, 25, 50, 75, 95, 100)
+    print("\n" + "".join(f"{t:>8}" for t in ("tokens", "mean", *(f"{q} %" for q in quantiles))))
+    for name in names:
+        lengths = [len(ids) for ids in rows[name]]
+        shown = (np.mean(lengths), *np.percentile(lengths, quantiles))
+        print(f"{name:>8}" + "".join(f"{value:8.0f}" for value in shown))
+    special = set(tokenizer.all_special_ids)
+    odd = np.mean([bool(special & {i for name in names for i in row[name][name == "prompt":-1]})
+                   for row in rows])
+    print(f"cut off: {np.mean(rows['cut']):.1%} of rows; special tokens inside the text: {odd:.1%}")
+    for row in rows.select(range(min(3, len(rows)))):
+        print(f"\n{tokenizer.decode(row['prompt'])}")
+        for name in names[1:]:
+            print(f"[{name}, trained] >>>{tokenizer.decode(row[name])}<<<")
 
 
-def _cached(path, share, phase, split, args, tokenizer, max_prompt):
-    """One split of one data set, from the cache or built.  Every node builds its own."""
-    max_seq_len = getattr(args, "max_seq_len", 1 << 30)
-    files = sorted(e.path for e in os.scandir(path)) if os.path.isdir(path) else [path]
-    stats = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns)
-             for f in files if os.path.exists(f)]
-    fast = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    identity = [path, stats, share, phase, split, args.data_split, args.seed, args.eval_fraction,
-                max_seq_len, max_prompt, fast, tokenizer.eos_token,
-                inspect.getsource(sys.modules[__name__]), inspect.getsource(toy)]
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    folder = os.path.join(args.data_output_path, name)
-    here = torch.tensor(float(os.path.isdir(folder)), device=engine.device())
-    if not engine.gather(here).all():
-        engine.on_rank_zero(lambda: _build(
-            folder, *_select(path, share, phase, split, args),
-            lambda text: tokenise(text, tokenizer, max_seq_len, max_prompt)), every_node=True)
-    with open(os.path.join(folder, "report.txt")) as file:
-        say(file.read())
-    return load_from_disk(folder)
-
-
-def _select(path, share, phase, split, args):
-    """-> what this is, for the report; the rendered rows, None where one cannot serve.
-
-    All rows of the split are rendered before the phase's are picked, so that a bad one stops every
-    step and not just the one it falls to."""
-    raw = read(path, args)[split == "held_out"]
-    rows = [render(row, phase) for row in raw]
-    if path == "toy":
-        rows = [{**text, "bayes": row["bayes"]} for text, row in zip(rows, raw) if text]
-    if share is not None and split == "train":
-        rows = phase_rows(rows, share, args)
-    return f"{path}, step {phase}, {split.replace('_', '-')} rows", rows
-
-
-def _build(folder, title, rows, tokenise_row):
-    """Tokenise one split into `folder`, which appears whole or not at all."""
-    texts = [text for text in rows if text]
-    kept = [{**text, **ids} for text in texts if (ids := tokenise_row(text))]
-    report = f"{title}: {len(kept)} of {len(rows)} used"
-    if len(kept) < len(rows):
-        report += f" ({len(rows) - len(texts)} empty or alike, {len(texts) - len(kept)} too long)"
-    if not kept:
-        raise InputError(f"{report}: choose other data, --data_split or lengths")
-    temporary = f"{folder}.{os.getpid()}"
-    Dataset.from_list(kept).save_to_disk(temporary)
-    with open(os.path.join(temporary, "report.txt"), "w") as file:
-        file.write(report)
-    try:
-        os.rename(temporary, folder)
-    except OSError:                           # another run was faster, and its folder is as good
-        shutil.rmtree(temporary)
-
-
-def _open_text(path):
-    return (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
-
-
-def _json_rows(path):
-    rows = []
-    try:
-        with _open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise InputError(f"{path}, line {number}: not a JSON object, one a line")
-                    rows.append({**row, WHERE: f"{path}, line {number}"})
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}: not JSON: {error}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    return rows
-
-
-def _hub(path, split=None, config=None):
-    try:
-        return load_dataset(path, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is neither a file here nor a data set on the hub that loads: "
-                         f"{str(error).splitlines()[0]}") from error
+if __name__ == "__main__":
+    flags.run(inspect_data)

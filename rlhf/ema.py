@@ -5,10 +5,8 @@ import torch
 
 
 class EMA:
-    """An fp32 shadow of this rank's part of the trained parameters: its shard under ZeRO-3, else
-    all.
-
-    Updated once an optimizer step."""
+    """An fp32 shadow of this rank's trained parameters (its shard under ZeRO-3), to be updated
+    once an optimizer step."""
     # differs: DeepSpeed-Chat's has the model's dtype, where bf16 loses most of the movement, moves
     # every micro-batch, and under ZeRO-3 is never written back
 

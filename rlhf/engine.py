@@ -1,7 +1,5 @@
-"""Processes and DeepSpeed: the only module that imports deepspeed.
-
-Here are the engines, what it takes to give them one global mean an optimizer step, and collectives
-that work just as well in a process that no launcher started."""
+"""DeepSpeed's engines, one global mean an optimizer step, and collectives that work just as well in
+a process that no launcher started.  The only module that imports deepspeed."""
 import atexit
 import contextlib
 import datetime
@@ -9,7 +7,6 @@ import io
 import logging
 import os
 import shutil
-import socket
 import sys
 import warnings
 
@@ -28,15 +25,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def init(args):
-    """Join the other processes, seed everything, quieten the libraries.  Works without a
-    launcher."""
+    """Join the other processes, if any; seed everything, quieten the libraries."""
     quieten(args.log_level)
     if "RANK" not in os.environ:                              # python train_X.py
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
+                          MASTER_PORT="0")
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if os.environ["WORLD_SIZE"] == "1" or not compiler:       # DeepSpeed would compile collectives
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -54,8 +47,7 @@ def init(args):
 
 
 def _leave_group():
-    """Without it gloo's threads outlive Python, and abort one exit in ten.  After a failure the
-    other ranks may still wait for this one, and it for them: then it just goes."""
+    """Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go."""
     if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
 
@@ -165,11 +157,6 @@ def save(engine, tokenizer, path):
     on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights))
 
 
-def monitor(engine):
-    """DeepSpeed's monitor, TensorBoard and others: write_events([(name, value, step)]), or None."""
-    return engine.monitor.write_events if engine.monitor.enabled else None
-
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -204,23 +191,25 @@ def gather_rows(values, total):
     return gather(values).transpose(0, 1).flatten(0, 1)[:total]
 
 
-def summarise(history):
-    """The dicts of several micro-batches -> one: the max or min of names that end in _max or _min,
-    the mean of the others; None, where a micro-batch had nothing to say, does not count."""
-    how = {"max": torch.amax, "min": torch.amin}
-    columns = {n: [torch.as_tensor(m[n]) for m in history if m[n] is not None] for n in history[0]}
-    return {name: how.get(name.rpartition("_")[2], torch.mean)(torch.stack(values).double())
+def _by_name(columns, total=torch.mean):
+    """{name: (N,)} -> {name: scalar}: the max, min, total of names that end so, else the mean."""
+    how = {"max": torch.amax, "min": torch.amin, "total": total}
+    return {name: how.get(name.rpartition("_")[2], torch.mean)(values.double())
             for name, values in columns.items()}
 
 
+def summarise(history):
+    """The dicts of several micro-batches -> one; where one has None, it is left out."""
+    return _by_name({name: torch.stack([torch.as_tensor(metrics[name]) for metrics in history
+                                        if metrics[name] is not None]) for name in history[0]})
+
+
 def reduce_metrics(metrics):
-    """This rank's {name: scalar} -> all ranks': max, min or sum of names that end in _max, _min or
-    _total, the mean of the others."""
+    """This rank's {name: scalar} -> all ranks'."""
     values = [torch.as_tensor(v, dtype=torch.float64, device=device()) for v in metrics.values()]
-    everyone = gather(torch.stack(values).detach())                                 # (ranks, names)
-    how = {"max": everyone.amax(0), "min": everyone.amin(0), "total": everyone.sum(0)}
-    return {name: how.get(name.rpartition("_")[2], everyone.mean(0))[i].item()
-            for i, name in enumerate(metrics)}
+    everyone = gather(torch.stack(values).detach()).unbind(1)                # a (ranks,) each name
+    return {name: value.item()
+            for name, value in _by_name(dict(zip(metrics, everyone)), torch.sum).items()}
 
 
 def on_rank_zero(function, every_node=False):

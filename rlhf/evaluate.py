@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from rlhf import args as flags
-from rlhf import data, engine, models, toy
+from rlhf import batches, data, engine, models, toy
 from rlhf.generate import finished, sample
 from rlhf.log import write_json
 
@@ -28,8 +28,7 @@ def parse():
         metavar="NAME=PATH", help="baseline first [ours: what the scripts leave]")
     add("--reward_model", default="output/rm", help="scores responses [ours: step 2's output]")
     add("--num_prompts", type=flags.at_least_2, default=512, help="[ours: mean score to 0.1]")
-    add("--best_of", type=flags.positive_int, nargs="*", default=[],
-        help="add the baseline's best of n samples for each n [ours]")
+    add("--best_of", type=flags.positive_int, nargs="*", default=[], help="n samples, too [ours]")
     add("--batch_size", type=flags.positive_int, default=128, help="responses at a time [ours]")
     add("--max_prompt_seq_len", type=flags.positive_int, default=256, help="or left out [DSC]")
     add("--max_answer_seq_len", type=flags.positive_int, default=256, help="tokens at most [DSC]")
@@ -53,7 +52,7 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
     torch.manual_seed(args.seed)
     parts, texts = [], []
     for start in range(0, len(prompts), args.batch_size):
-        batch = data.collate(tokenizer, prompts[start:start + args.batch_size], responses=())
+        batch = batches.collate(tokenizer, prompts[start:start + args.batch_size], responses=())
         batch = sample(policy, batch, args.max_answer_seq_len, args.temperature)
         log_ratio = torch.zeros(batch["mask"].shape) if policy is baseline else \
             models.policy_logprobs(policy, batch, args.temperature) \
@@ -72,15 +71,14 @@ def perplexity(policy, rows, tokenizer, batch_size):
     """Of the held-out demonstrations."""
     total, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        batch = data.collate(tokenizer, rows[start:start + batch_size])
+        batch = batches.collate(tokenizer, rows[start:start + batch_size])
         logp = models.policy_logprobs(policy, batch).masked_fill(~batch["mask"], 0)
         total, tokens = total - logp.sum().item(), tokens + batch["mask"].sum().item()
     return math.exp(min(total / tokens, 700))
 
 
 def truth(prompts, responses):
-    """The toy world's judgement: true reward; shares of helpful (of benign requests), harmless and
-    polite responses."""
+    """The toy world's judgement.  Helpful is the share of the benign requests."""
     verdicts = [toy.judge(*pair) for pair in zip(prompts, responses)]
     share = lambda name, rows: sum(row[name] for row in rows) / max(1, len(rows))
     return {**mean_ci("true_reward", [v["reward"] for v in verdicts]),
@@ -98,8 +96,7 @@ def table(rows):
     lines = [["model", *shown.values()], ["---"] * (len(shown) + 1)]
     lines += [[model, *(cell(row, name) for name in shown)] for model, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
-                     for line in lines)
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def main():
@@ -115,7 +112,7 @@ def main():
     baseline_name, baseline_path = next(iter(paths.items()))
     length = args.max_prompt_seq_len + args.max_answer_seq_len
 
-    tokenizer = models.load_tokenizer(baseline_path)
+    tokenizer = models.load_tokenizer(baseline_path, args)
     dtype = engine.pick_dtype(args.dtype)
     for path in [args.reward_model, *paths.values()]:
         models.check_same_vocabulary(baseline_path, tokenizer, path)
@@ -124,7 +121,7 @@ def main():
     reward_model = engine.frozen(models.load_scalar(args.reward_model, tokenizer, dtype))
     models.check_context(baseline, baseline_path, length)
     models.check_context(reward_model, args.reward_model, length)
-    [held_out] = data.load(args, tokenizer, 1, ["held_out"])
+    _, held_out = data.load(args, tokenizer, 1)
     prompts = [{**row, "chosen": row["chosen"][:args.max_answer_seq_len]} for row in held_out
                if len(row["prompt"]) <= args.max_prompt_seq_len][:args.num_prompts]
     if len(prompts) < 2:
@@ -157,13 +154,12 @@ def main():
 
     page = [table(rows)]
     for i, text in enumerate(texts[:args.side_by_side]):
-        page += ["", f"**{text.strip()}**", ""]
-        page += [f"- {name} ({got['score'][i]:.2f}): {got['text'][i].strip()}"
-                 for name, got in answers.items()]
-    write_json(os.path.join(args.output_dir, "evaluation.json"),
-               {"args": vars(args), "models": rows})
+        page += ["", f"**{text.strip()}**", "", *(
+            f"- {n} ({a['score'][i]:.2f}): {a['text'][i].strip()}" for n, a in answers.items())]
+    found = {"args": vars(args), "models": rows}
+    write_json(os.path.join(args.output_dir, "evaluation.json"), found)
     with open(os.path.join(args.output_dir, "evaluation.md"), "w") as file:
-        file.write("\n".join(page) + "\n")
+        print("\n".join(page), file=file)
     print("\n".join(page))
 
 

@@ -17,14 +17,13 @@ def say(text):
 
 
 class Log:
-    """A run's records in --output_dir: args.json at once, metrics.jsonl and samples.jsonl as it
-    goes.
+    """A run's args.json, metrics.jsonl and samples.jsonl in --output_dir, and its progress bar.
 
     `shown` names the metrics of the line that is printed every --log_interval steps."""
 
     def __init__(self, args, total_steps, shown, train_engine):
         self.shown, self.interval, self.folder = shown, args.log_interval, args.output_dir
-        self.write_events, self.clock = engine.monitor(train_engine), time.perf_counter()
+        self.monitor, self.clock = train_engine.monitor, time.perf_counter()
         if engine.rank() == 0:
             write_json(os.path.join(self.folder, "args.json"), vars(args))
             self.files = {name: open(os.path.join(self.folder, f"{name}.jsonl"), "w")
@@ -35,8 +34,7 @@ class Log:
         """Record step number `step`; its time is that since the last record.  tokens_total and
         flops_total become tokens_per_second and tflops (of each rank)."""
         if engine.rank() == 0:
-            seconds = time.perf_counter() - self.clock
-            metrics["seconds"] = seconds
+            metrics["seconds"] = seconds = time.perf_counter() - self.clock
             metrics["tokens_per_second"] = metrics.pop("tokens_total") / seconds
             metrics["tflops"] = metrics.pop("flops_total") / seconds / engine.world_size() / 1e12
             self._record(step, metrics, "train/")
@@ -70,8 +68,8 @@ class Log:
 
     def _record(self, step, metrics, prefix):
         self._write("metrics", {"step": step, **metrics})
-        if self.write_events:
-            self.write_events([(prefix + name, value, step) for name, value in metrics.items()])
+        if self.monitor.enabled:              # DeepSpeed's: TensorBoard and others
+            self.monitor.write_events([(prefix + n, value, step) for n, value in metrics.items()])
         self.clock = time.perf_counter()
 
     def _write(self, name, row):
@@ -96,10 +94,8 @@ def count_tokens(batches):
 
 
 def forward_flops(model, batches):
-    """Floating-point operations of one forward pass over the batches -> 0-d tensor.
-
-    Two a weight and token, and 4 * layers * width * length a token for attention.  Megatron counts
-    a training step as 3 of these, 4 with gradient checkpointing."""
+    """Floating-point operations of a forward pass -> 0-d tensor: 2 a weight and token, and for
+    attention 4 * layers * width * length a token.  A training step is 3 of these (Megatron)."""
     module = getattr(model, "module", model)
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
     attention = 4 * module.config.num_hidden_layers * module.config.hidden_size

@@ -6,11 +6,9 @@ on the actions of each response (a prefix of the row), its end-of-sequence token
 stands under a False mask, NaN too, never reaches a result or a gradient: it is replaced
 (`masked_fill`) before any arithmetic, not multiplied by zero after it.
 
-`denom` carries the rule of one global mean: the sum over a micro-batch is divided by it instead of
-by the micro-batch's own token count, so that the gradient does not depend on how a batch is cut
-into ranks and micro-batches (see `engine.global_denom`).
-
-All of it computes in fp32; float64 stays float64."""
+`denom` carries the rule of one global mean: a micro-batch's sum is divided by it and not by its own
+token count, so that gradients do not depend on how a batch is cut into ranks and micro-batches (see
+`engine.global_denom`).  All of it computes in fp32; float64 stays float64."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,8 +33,7 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 
 def masked_mean(x, mask, denom=None):
-    """Sum of x over the mask, divided by `denom` or else by the mask's count.  Any shape ->
-    scalar."""
+    """Sum of x over the mask, over `denom` or else the mask's count.  Any shape -> scalar."""
     total = _wide(x).masked_fill(~mask, 0.0).sum()
     return total / (mask.sum() if denom is None else denom)
 
@@ -74,8 +71,7 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
 
     Rafailov et al. 2023 (arXiv:2305.18290) eq. 7: `bradley_terry_loss` on the implicit rewards of
     eq. 5, beta * log(pi / pi_ref), less a constant.  label_smoothing is the assumed rate of flipped
-    labels (Mitchell 2023).  stats: the implicit rewards `chosen_reward`, `rejected_reward`,
-    (B,)."""
+    labels (Mitchell 2023).  stats: the implicit rewards chosen_reward, rejected_reward (B,)."""
     chosen = beta * (_wide(logp_chosen) - _wide(ref_logp_chosen))                       # eq. 5
     rejected = beta * (_wide(logp_rejected) - _wide(ref_logp_rejected))
     loss = (1 - label_smoothing) * bradley_terry_loss(chosen, rejected) \
@@ -113,9 +109,8 @@ def shaped_rewards(score, logp, ref_logp, mask, kl_coef, clip_reward=5.0, kind="
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation.  All (B, R) -> advantages, returns = advantages + values.
 
-    Schulman et al. 2015 (arXiv:1506.02438) eq. 16.  The value after the last action is 0: a
-    response is an episode that ends there, by its end-of-sequence token or by the length limit.
-    Padding is 0."""
+    Schulman et al. 2015 (arXiv:1506.02438) eq. 16.  The value after the last action is 0: an
+    episode ends there, by its end-of-sequence token or by the length limit.  Padding is 0."""
     rewards, values = (_wide(x).masked_fill(~mask, 0.0) for x in (rewards, values))
     advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
@@ -129,8 +124,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """Clipped surrogate, negated.  All (B, R) -> scalar, stats.
 
     Schulman et al. 2017 (arXiv:1707.06347) eq. 7.  stats: ratio_mean, ratio_min, ratio_max;
-    clip_frac, the share of tokens whose gradient the clip removes; approx_kl, k3 from the old
-    policy."""
+    clip_frac, the share of tokens without gradient; approx_kl, k3 from the old policy."""
     log_ratio = (_wide(logp) - _wide(old_logp)).masked_fill(~mask, 0.0)     # padding has ratio 1
     advantages = _wide(advantages).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()

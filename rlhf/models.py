@@ -1,8 +1,7 @@
 """Tokenizer, policy and scalar model (reward model, critic), loaded and saved in the HF layout.
 
 A batch is a dict: `prompt_ids`, `prompt_mask` (B, P), left-padded; `response_ids`, `mask` (B, R),
-right-padded.  The masks come from lengths and are carried along, never rebuilt from the ids, so
-that it makes no difference which token pads."""
+right-padded.  Masks come from lengths and are carried along: any token may be the padding."""
 import inspect
 import os
 import tempfile
@@ -13,20 +12,24 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
                           AutoTokenizer, GenerationConfig)
 
 from rlhf import toy
-from rlhf.args import InputError
+from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
 
 
-def load_tokenizer(path):
-    """The tokenizer of a model folder or hub id ("toy": the embedded world's), with an eos and a
-    pad.
+def load_tokenizer(path, args=None):
+    """The tokenizer of a model folder or hub id ("toy": the embedded world's), with an eos, which
+    is --end_of_conversation_token, and a pad.
 
-    Transformers' sequence classifiers read the last token that is not the pad: were the pad the
-    eos, a reward model saved here would be read one token too early there.  So a pad that is
-    missing or the eos becomes the unk, where that is a token of its own, else a new `<|pad|>`.
-    InputError where there is no tokenizer, or no eos in it."""
+    A pad that is missing or the eos becomes the unk, where that is a token of its own, else a new
+    `<|pad|>`: Transformers' sequence classifiers read the last token that is not the pad, and would
+    miss the eos.  InputError where there is no tokenizer, no eos, or that token is none to it."""
     tokenizer = toy.tokenizer() if path == "toy" else \
-        _open(AutoTokenizer.from_pretrained, path, "tokenizer")
+        opened(AutoTokenizer.from_pretrained, path, "the tokenizer of")
+    if args and args.end_of_conversation_token:
+        if not args.add_eot_token and args.end_of_conversation_token not in tokenizer.get_vocab():
+            raise InputError(f"--end_of_conversation_token {args.end_of_conversation_token} is no "
+                             f"single token for {path}: name another, or give --add_eot_token")
+        tokenizer.add_special_tokens({"eos_token": args.end_of_conversation_token})
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} has no eos token, so responses could never end: "
                          f"set eos_token in its tokenizer_config.json")
@@ -80,8 +83,7 @@ class Fp32Linear(nn.Linear):
 
 
 class ScalarModel(nn.Module):
-    """A sequence classifier with one label, read at every position: the critic uses all of them,
-    the reward model the last."""
+    """A sequence classifier with one label, read at every position, or the last (reward model)."""
 
     def __init__(self, classifier):
         super().__init__()
@@ -100,9 +102,11 @@ def policy_logprobs(model, batch, temperature=1.0):
 
     Only the response's positions go through the vocabulary projection."""
     ids, mask = _join(batch)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
-                   logits_to_keep=batch["mask"].shape[1] + 1,
-                   **_positions(getattr(model, "module", model), mask)).logits[:, :-1]  # (B, R, V)
+    net = getattr(model, "module", model)
+    inputs = _apart(net, batch["position_ids"]) if "position_ids" in batch else \
+        {"attention_mask": mask, **_positions(net, mask)}
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=batch["mask"].shape[1] + 1,
+                   **inputs).logits[:, :-1]                                             # (B, R, V)
     return token_logprobs(logits, batch["response_ids"], temperature)
 
 
@@ -133,8 +137,7 @@ def save_model(model, tokenizer, path, state_dict=None):
     """Write safetensors weights, config, generation_config and tokenizer to the folder `path`.
 
     They are written to a temporary folder inside and renamed one by one: an interrupted save leaves
-    the previous model.  `state_dict` stands in for the model's own weights where those are
-    sharded."""
+    the previous model.  `state_dict` stands in for weights that are sharded."""
     classifier = getattr(model, "classifier", model)
     if state_dict is not None and classifier is not model:
         state_dict = {name.removeprefix("classifier."): w for name, w in state_dict.items()}
@@ -148,9 +151,13 @@ def save_model(model, tokenizer, path, state_dict=None):
 
 def check_same_vocabulary(path, tokenizer, other_path):
     """InputError unless both models know the same tokens: each is fed the other's ids."""
-    if load_tokenizer(other_path).get_vocab() != tokenizer.get_vocab():
+    other = load_tokenizer(other_path)
+    if other.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"{path} and {other_path} have different vocabularies: use models of one "
                          f"family, the reward model trained with the actor's tokenizer")
+    if other.eos_token != tokenizer.eos_token:
+        raise InputError(f"responses end with {tokenizer.eos_token} for {path}, {other.eos_token} "
+                         f"for {other_path}: give all steps the same --end_of_conversation_token")
 
 
 def check_context(model, path, length):
@@ -161,6 +168,17 @@ def check_context(model, path, length):
                          f"context of {path}: lower the sequence length flags")
 
 
+@torch.no_grad()
+def check_packing(model, path):
+    """InputError unless a sequence is the same behind another one as alone."""
+    ids, positions = torch.arange(8)[None] + 3, torch.arange(4).repeat(2)[None]
+    alone = model.eval()(input_ids=ids[:, 4:]).logits
+    if not _positions(model, ids) or 0.05 * alone.std() < \
+            (model(input_ids=ids, **_apart(model, positions)).logits[:, 4:] - alone).abs().max():
+        raise InputError(f"--packing: packed sequences would see each other in {path} "
+                         f"({type(model).__name__}): leave it out")
+
+
 def _join(batch):
     """-> ids, mask (B, P + R)."""
     return (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),
@@ -169,31 +187,27 @@ def _join(batch):
 
 def _positions(model, mask):
     """Position ids that follow the mask, for models that take them (those with ALiBi do not)."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    known = "position_ids" in inspect.signature(model.forward).parameters
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if known else {}
 
 
-def _open(function, path, what, **kwargs):
-    """Call a from_pretrained; whatever goes wrong becomes one sentence."""
-    local = os.path.isdir(path)
-    if not local and (path.startswith((".", "/")) or path.count("/") > 1):
-        raise InputError(f"there is no model folder {path}")
-    try:
-        return function(path, **kwargs)
-    except Exception as error:        # of many libraries' own types, safetensors' among them
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        where = "" if local else " (there is no such folder, so it was sought on the hub)"
-        raise InputError(f"cannot load the {what} of {path}{where}: {reason}") from error
+def _apart(model, position_ids):
+    """Position ids that start again with each sequence of a row, and the mask that keeps them
+    apart: explicit, since not every family would infer it."""
+    sequence, dtype = (position_ids == 0).cumsum(1), next(model.parameters()).dtype         # (B, T)
+    seen = (sequence[:, :, None] == sequence[:, None]).tril()[:, None]                # (B, 1, T, T)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return {"position_ids": position_ids,
+            "attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)}
 
 
 def _from_pretrained(kind, path, dtype, missing=(), unexpected=(), **kwargs):
     """Strict loading, but for weights whose names start with one of the prefixes.
 
     -> the model, and whether any weight was missing."""
-    config = _open(AutoConfig.from_pretrained, path, "configuration", **kwargs)
-    model, report = _open(kind.from_pretrained, path, "weights", config=config, dtype=dtype,
-                          output_loading_info=True, ignore_mismatched_sizes=True)
+    config = opened(AutoConfig.from_pretrained, path, "the configuration of", **kwargs)
+    model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=dtype,
+                           output_loading_info=True, ignore_mismatched_sizes=True)
     for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
         names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
         if names:

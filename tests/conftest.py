@@ -21,6 +21,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from rlhf import render
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -139,6 +141,14 @@ def run_script(script, *flags, ranks=1, launcher="python", timeout=240, env=None
         timeout=timeout,
         env={**os.environ, **(env or {})},
     )
+
+
+def rows_of(tokenizer, texts, max_seq_len=64, **settings):
+    """Prompts with one response or two -> tokenised rows, as the scripts see them."""
+    columns = list(zip(*((*text, "")[:3] for text in texts)))
+    columns = dict(zip(("prompt", "chosen", "rejected"), columns))
+    done = render.tokenise(tokenizer, columns, max_seq_len, **settings)
+    return [dict(zip(done, row)) for row in zip(*done.values())]
 
 
 def metrics(folder):

@@ -1,36 +1,29 @@
-"""Rows become the right tokens, phases never share a row, and bad input is named."""
+"""Every schema becomes the right texts, phases never share a prompt, bad input is named."""
 
 import argparse
 import gzip
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-import torch
+from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
-from rlhf import data, engine, models
+from rlhf import data, files, models, render
 from rlhf.args import InputError
-from tests.conftest import SHARED, make_tokenizer, write_jsonl
-
-
-SPLITS = ["train", "held_out"]
+from tests.conftest import ROOT, SHARED, make_tokenizer, rows_of, write_jsonl
 
 
 def arguments(tmp_path, *paths, **changes):
-    return argparse.Namespace(
-        **{
-            **dict(
-                data_path=[str(p) for p in paths],
-                data_split="2,4,4",
-                seed=1234,
-                eval_fraction=0.1,
-                max_eval_rows=100,
-                data_output_path=str(tmp_path / "cache"),
-                max_seq_len=32,
-            ),
-            **changes,
-        }
-    )
+    usual = dict(data_split="2,4,4", seed=1234, eval_fraction=0.1, max_eval_rows=100)
+    usual.update(dedup_prompts=True, preprocessing_num_workers=1, max_seq_len=32)
+    usual.update(data_path=[str(p) for p in paths], data_output_path=str(tmp_path / "cache"))
+    return argparse.Namespace(**{**usual, **changes})
 
 
 def pairs(n):
@@ -40,29 +33,212 @@ def pairs(n):
     ]
 
 
+def rendered(path, row, phase, tokenizer=None):
+    layout = data.layout_of(path, row, "here")
+    reason, name, *texts = render.render(row, "here", layout, phase, tokenizer or make_tokenizer())
+    assert bool(name) == (reason not in ("no prompt", "tie", "prompts of a pair differ"))
+    return reason, *texts
+
+
+# rows become texts
+
+H, A = "\n\nHuman:", "\n\nAssistant:"
+AB = {"prompt": f"{H} x{A}", "chosen": " a", "rejected": " b"}
+PASSAGES = {"positive_passages": [{"text": "a"}, {"text": "c"}]}
+PASSAGES["negative_passages"] = [{"text": "b"}]
+MKQA = {"queries": {"zh_cn": "x", "ja": "y"}}
+MKQA["answers"] = {"zh_cn": [{"text": "a"}], "ja": [{"text": "c"}]}
+ASKED = [{"role": "user", "content": "x"}]
+SAID = {name: ASKED + [{"role": "assistant", "content": name}] for name in "ab"}
+PAIR = (f"{H} x{A}", " a", " b")
+SINGLE = (f"{H} x{A}", " a", None)
+SCHEMAS = {  # data set: a row in its schema, and what it must become
+    "Dahoas/rm-static": ({**AB, "response": " a"}, PAIR),
+    "Dahoas/full-hh-rlhf": ({**AB, "response": " a"}, PAIR),
+    "Dahoas/synthetic-instruct-gptj-pairwise": (
+        {"prompt": "x", "chosen": "a", "rejected": "b"},
+        PAIR,
+    ),
+    "yitingxie/rlhf-reward-datasets": (
+        {
+            "prompt": f"{H} x\n\n",
+            "chosen": f"{H} y{A} z{H} x{A} a",
+            "rejected": f"{H} y{A} z{H} x{A} b",
+        },
+        PAIR,
+    ),
+    "openai/webgpt_comparisons": (
+        {
+            "question": {"full_text": "x"},
+            "answer_0": "b [1, 2]",
+            "answer_1": "a [3] (4)",
+            "score_0": -0.5,
+            "score_1": 0.5,
+        },
+        PAIR,
+    ),
+    "stanfordnlp/SHP": (
+        {"history": "x", "human_ref_A": "b", "human_ref_B": "a", "labels": 0, "score_ratio": 2.0},
+        PAIR,
+    ),
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": (
+        {"prompt": "USER: x ASSISTANT:", "label": "a"},
+        SINGLE,
+    ),
+    "wangrui6/Zhihu-KOL": (
+        {"INSTRUCTION": "x", "RESPONSE": "a", "SOURCE": "zhihu", "METADATA": "{}"},
+        SINGLE,
+    ),
+    "Cohere/miracl-zh-queries-22-12": ({"query_id": "1", "query": "x", **PASSAGES}, PAIR),
+    "Cohere/miracl-ja-queries-22-12": ({"query_id": "1", "query": "x", **PASSAGES}, PAIR),
+    "Hello-SimpleAI/HC3-Chinese": (
+        {"question": "x", "human_answers": ["a"], "chatgpt_answers": ["c"]},
+        SINGLE,
+    ),
+    "mkqa-Chinese": (MKQA, SINGLE),
+    "mkqa-Japanese": (MKQA, (f"{H} y{A}", " c", None)),
+    "lmqg/qg_jaquad": ({"question": "x", "sentence": "a", "answer": "c"}, SINGLE),
+    "lmqg/qag_jaquad": ({"questions": ["x", "y"], "paragraph": "a", "answers": ["c"]}, SINGLE),
+    "Anthropic/hh-rlhf": (
+        {"chosen": f"{H} y{A} z{H} x{A} a", "rejected": f"{H} y{A} z{H} x{A} b"},
+        (f"{H} y{A} z{H} x{A}", " a", " b"),
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        {"prompt": "x", "chosen": SAID["a"], "rejected": SAID["b"], "messages": SAID["a"]},
+        PAIR,
+    ),
+    "tatsu-lab/alpaca": (
+        {"instruction": "x", "input": "i", "output": "a", "text": "whole"},
+        (f"{H} x\n\ni{A}", " a", None),
+    ),
+    "databricks/databricks-dolly-15k": (
+        {"instruction": "x", "context": "", "response": "a", "category": "qa"},
+        SINGLE,
+    ),
+    "prompt, chosen, rejected": (AB, PAIR),
+    "with a demonstration": ({**AB, "response": " a"}, PAIR),
+    "prompt, response": ({"prompt": "x ", "response": "a"}, ("x ", "a", None)),
+    "prompt, completion": ({"prompt": "x ", "completion": "a"}, ("x ", "a", None)),
+    "messages": ({"messages": SAID["a"]}, SINGLE),
+    "prompt": ({"prompt": "x"}, ("x", None, None)),
+}
+NOT_BY_COLUMNS = {  # these say the same as others, and only the name tells them apart
+    "Dahoas/synthetic-instruct-gptj-pairwise",
+    "yitingxie/rlhf-reward-datasets",
+    "mkqa-Japanese",
+}
+
+
+def test_every_data_set_of_the_table_has_a_row_here():
+    assert SCHEMAS.keys() == data.DATASETS.keys()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_row_in_a_data_sets_schema_becomes_its_texts_in_every_phase(name):
+    row, (prompt, chosen, rejected) = SCHEMAS[name]
+    for path in [name, "somewhere/else"][: 1 + (name not in NOT_BY_COLUMNS)]:
+        assert rendered(path, row, 3) == ("used", prompt, "", "")
+        if chosen:
+            assert rendered(path, row, 1) == ("used", prompt, chosen, "")
+        else:
+            with pytest.raises(InputError, match="here: step 1 needs responses"):
+                rendered(path, row, 1)
+        if rejected:
+            assert rendered(path, row, 2) == ("used", prompt, chosen, rejected)
+        else:
+            with pytest.raises(InputError, match="here: step 2 needs pairs"):
+                rendered(path, row, 2)
+
+
+FLAWS = [  # data set or "", changes to its row, phase, why it is dropped
+    ("openai/webgpt_comparisons", {"score_0": 0.5}, 2, "tie"),
+    ("openai/webgpt_comparisons", {"answer_1": None}, 2, "no response"),
+    ("pvduy/sharegpt_alpaca_oa_vicuna_format", {"prompt": "USER:  ASSISTANT:"}, 1, "no prompt"),
+    ("pvduy/sharegpt_alpaca_oa_vicuna_format", {"label": " "}, 1, "no response"),
+    ("Cohere/miracl-zh-queries-22-12", {"negative_passages": []}, 2, "no response"),
+    ("Cohere/miracl-zh-queries-22-12", {"negative_passages": []}, 1, "used"),
+    ("Hello-SimpleAI/HC3-Chinese", {"human_answers": []}, 1, "no response"),
+    ("mkqa-Chinese", {"answers": {"zh_cn": [{"text": None}]}}, 1, "no response"),
+    ("tatsu-lab/alpaca", {"instruction": "", "input": ""}, 1, "no prompt"),
+    ("Anthropic/hh-rlhf", {"rejected": f"{H} q{A} b"}, 1, "prompts of a pair differ"),
+    (
+        "Anthropic/hh-rlhf",
+        {"rejected": SCHEMAS["Anthropic/hh-rlhf"][0]["chosen"]},
+        2,
+        "identical pair",
+    ),
+    ("HuggingFaceH4/ultrafeedback_binarized", {"rejected": SAID["a"]}, 2, "identical pair"),
+    (
+        "HuggingFaceH4/ultrafeedback_binarized",
+        {"rejected": SAID["b"][1:]},
+        2,
+        "prompts of a pair differ",
+    ),
+    ("messages", {"messages": ASKED}, 1, "no response"),
+    ("messages", {"messages": ASKED}, 3, "used"),
+    ("messages", {"messages": []}, 3, "no prompt"),
+    ("prompt, chosen, rejected", {"prompt": None}, 3, "no prompt"),
+    ("prompt, chosen, rejected", {"chosen": None}, 2, "no response"),
+    ("prompt, chosen, rejected", {"chosen": None}, 3, "used"),
+    ("prompt, chosen, rejected", {"chosen": "x" * 10_000_000}, 2, "over a million characters"),
+]
+
+
+@pytest.mark.parametrize("name,changes,phase,reason", FLAWS)
+def test_a_flawed_row_is_dropped_for_its_reason(name, changes, phase, reason):
+    assert rendered(name, {**SCHEMAS[name][0], **changes}, phase)[0] == reason
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_messages_follow_the_tokenizers_chat_template():
+    tokenizer = make_tokenizer("bos is eos")
+    tokenizer.chat_template = TEMPLATE
+    talk = [{"role": "system", "content": "s"}, *SAID["a"]]
+    expected = ("used", "</s><|system|>s</s>\n<|user|>x</s>\n<|assistant|>", "a", "")
+    assert rendered("", {"messages": talk}, 1, tokenizer) == expected
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )  # a tokenizer that begins with bos itself does not get another one
+    assert rendered("", {"messages": talk}, 1, tokenizer)[1] == expected[1].removeprefix("</s>")
+    # TRL's ways to write a pair: the prompt in a column of its own, or in front of both answers
+    apart = {"prompt": ASKED, "chosen": SAID["a"][1:], "rejected": SAID["b"][1:]}
+    within = {"chosen": SAID["a"], "rejected": SAID["b"]}
+    assert rendered("", apart, 2, tokenizer) == rendered("", within, 2, tokenizer)
+    assert rendered("", {"prompt": ASKED}, 3, tokenizer)[1] == "<|user|>x</s>\n<|assistant|>"
+    layout = data.DATASETS["messages"]  # a prompt's phase does not depend on the template
+    names = [
+        render.render({"messages": talk}, "", layout, 1, t)[1]
+        for t in (tokenizer, make_tokenizer())
+    ]
+    assert names[0] == names[1] == f" s{H} x{A}"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match="here: the chat template refuses it: roles must alt"):
+        rendered("", {"messages": talk}, 1, tokenizer)
+    with pytest.raises(InputError, match="here: a message must be an object with texts role and"):
+        rendered("", {"messages": [{"from": "human", "value": "x"}]}, 1)
+
+
+# texts become ids
+
+
 def test_the_response_ends_with_eos_and_stands_apart_from_the_prompt():
-    tokenizer = make_tokenizer()
-    row = data.tokenise(
-        {"prompt": "w0 w1", "chosen": " w2 w3", "rejected": " w4"}, tokenizer, 32, None
-    )
-    assert row == {"prompt": [3, 4], "chosen": [5, 6, 2], "rejected": [7, 2]}
+    [row] = rows_of(make_tokenizer(), [("w0 w1", " w2 w3", " w4")])
+    assert row == dict(prompt=[3, 4], chosen=[5, 6, 2], rejected=[7, 2], length=5, cut=False)
+    [row] = rows_of(make_tokenizer(), [("w0 w1", " w2 w3")], train_on_prompt=True)
+    assert row == dict(prompt=[3], chosen=[4, 5, 6, 2], rejected=[], length=5, cut=False)
 
 
 def test_truncation_keeps_the_end_of_the_prompt_and_the_eos():
-    tokenizer = make_tokenizer()
-    row = {"prompt": " ".join(f"w{i}" for i in range(20)), "chosen": " w1 w2 w3", "rejected": None}
-    assert data.tokenise(row, tokenizer, 8, None) == {
-        "prompt": [19, 20, 21, 22],
-        "chosen": [4, 5, 6, 2],
-        "rejected": [],
-    }
-    row = {"prompt": "w0 w1", "chosen": " ".join(f"w{i}" for i in range(20)), "rejected": None}
-    cut = data.tokenise(row, tokenizer, 8, None)
-    assert (
-        len(cut["prompt"]) + len(cut["chosen"]) == 8
-        and cut["chosen"][-1] == tokenizer.eos_token_id
-        and cut["prompt"]
-    )
+    tokenizer, long = make_tokenizer(), " ".join(f"w{i}" for i in range(20))
+    prompts, answers = rows_of(tokenizer, [(long, " w1 w2 w3"), ("w0 w1", long)], 8)
+    assert prompts["prompt"] == [19, 20, 21, 22] and prompts["chosen"] == [4, 5, 6, 2]
+    assert answers["prompt"] == [4] and answers["chosen"] == [*range(3, 9), 2]
+    assert [(row["length"], row["cut"]) for row in (prompts, answers)] == [(8, True)] * 2
 
 
 def test_truncation_keeps_the_bos():
@@ -70,51 +246,154 @@ def test_truncation_keeps_the_bos():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", 2)]
     )
-    row = {"prompt": " ".join(f"w{i}" for i in range(20)), "chosen": " w1 w2 w3", "rejected": None}
-    assert data.tokenise(row, tokenizer, 8, None)["prompt"] == [2, 20, 21, 22]
-    assert data.tokenise(row, tokenizer, 64, None)["prompt"] == [2, *range(3, 23)]
+    text = (" ".join(f"w{i}" for i in range(20)), " w1 w2 w3")
+    assert rows_of(tokenizer, [text], 8)[0]["prompt"] == [2, 20, 21, 22]
+    assert rows_of(tokenizer, [text], 64)[0]["prompt"] == [2, *range(3, 23)]
+    assert rows_of(tokenizer, [text, ("w1", " w2")], 64, max_prompt=3)[0]["prompt"] == [2, 4]
 
 
 def test_a_tokenizer_that_invents_a_leading_space_does_not_invent_one_in_the_response():
-    folder = SHARED / "stories260K"
-    if not folder.is_dir():
+    if not (folder := SHARED / "stories260K").is_dir():
         pytest.skip("the real tokenizer is not here")
     tokenizer = models.load_tokenizer(str(folder))
-    row = data.tokenise(
-        {"prompt": "Human: hi Assistant:", "chosen": " you too", "rejected": None},
-        tokenizer,
-        64,
-        None,
-    )
+    [row] = rows_of(tokenizer, [("Human: hi Assistant:", " you too")])
     whole = tokenizer("Human: hi Assistant: you too")["input_ids"]
     assert row["prompt"] + row["chosen"] == whole + [tokenizer.eos_token_id]
 
 
-def test_phases_are_disjoint_cover_everything_and_do_not_depend_on_the_phase(tmp_path):
-    path = write_jsonl(tmp_path / "pairs.jsonl", pairs(200))
-    rows, _ = data.read(path, arguments(tmp_path))
-    parts = [
-        [json.dumps(row) for row in data.phase_rows(rows, phase, arguments(tmp_path))]
-        for phase in (1, 2, 3)
-    ]
-    assert [len(part) for part in parts] == [36, 72, 72]
-    assert len({row for part in parts for row in part}) == 180
-    assert parts[1] == [json.dumps(row) for row in data.phase_rows(rows, 2, arguments(tmp_path))]
+@pytest.mark.parametrize("specials", ["own pad", "bos is eos"])
+def test_an_end_of_conversation_token_is_the_eos_of_all_steps(model_folder, tmp_path, specials):
+    folder = model_folder("opt", specials)
+
+    def args(token, add=False):
+        return argparse.Namespace(end_of_conversation_token=token, add_eot_token=add)
+
+    with pytest.raises(InputError, match="<end> is no single token .* or give --add_eot_token"):
+        models.load_tokenizer(folder, args("<end>"))
+    tokenizer = models.load_tokenizer(folder, args("<end>", add=True))
+    policy = models.load_policy(folder, tokenizer)
+    assert policy.get_input_embeddings().weight.shape[0] == len(tokenizer) == 34
+    assert rows_of(tokenizer, [("w0", " w1")])[0]["chosen"] == [4, 33]
+    models.save_model(policy, tokenizer, str(tmp_path / "next"))
+    again = models.load_tokenizer(str(tmp_path / "next"))
+    assert again.eos_token == "<end>" and again.bos_token == tokenizer.bos_token
+    models.check_same_vocabulary(folder, tokenizer, str(tmp_path / "next"))
+    other = models.load_tokenizer(str(tmp_path / "next"), args("w5"))  # it may be any token
+    with pytest.raises(InputError, match="responses end with w5 for .*, <end> for"):
+        models.check_same_vocabulary("here", other, str(tmp_path / "next"))
 
 
-def test_held_out_rows_come_from_the_test_files_or_a_seeded_cut(tmp_path):
-    args = arguments(tmp_path)
-    rows, held_out = data.read(write_jsonl(tmp_path / "all.jsonl", pairs(200)), args)
-    assert len(held_out) == 20 and not {json.dumps(r) for r in rows} & {
-        json.dumps(r) for r in held_out
-    }
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", pairs(10))
-    with gzip.open(folder / "test.jsonl.gz", "wt") as file:
-        file.write(json.dumps(pairs(1)[0]) + "\n")
-    rows, held_out = data.read(str(folder), args)
-    assert (len(rows), len(held_out)) == (10, 1)
+# reading, splitting, caching
+
+
+def prompts_of(rows):
+    return {tuple(ids) for ids in rows["prompt"]}
+
+
+def test_phases_are_disjoint_cover_everything_and_keep_a_prompts_rows_together(tmp_path):
+    rows = [{**row, "chosen": f" w{i}"} for row in pairs(200) for i in (3, 4)]
+    args = arguments(tmp_path, write_jsonl(tmp_path / "pairs.jsonl", rows))
+    loaded = [data.load(args, make_tokenizer(), phase) for phase in (1, 2, 3)]
+    parts = [prompts_of(train) for train, _ in loaded]
+    held_out = [prompts_of(rows) for _, rows in loaded]
+    assert [len(part) for part in parts] == [36, 72, 72] and len(held_out[0]) == 20
+    assert len(parts[0] | parts[1] | parts[2] | held_out[0]) == 200
+    assert held_out[0] == held_out[1] == held_out[2]
+    # a pair is two rows of step 2; step 3 needs a prompt once
+    assert [len(train) for train, _ in loaded] == [72, 144, 72]
+    write_jsonl(tmp_path / "pairs.jsonl", rows[::-1])  # another order: the same cut
+    assert prompts_of(data.load(args, make_tokenizer(), 2)[0]) == parts[1]
+    args.seed = 1
+    assert prompts_of(data.load(args, make_tokenizer(), 2)[0]) != parts[1]
+    args.dedup_prompts = False  # rows are cut, whatever their prompts
+    loaded = [data.load(args, make_tokenizer(), phase) for phase in (1, 2, 3)]
+    assert [len(train) for train, _ in loaded] == [72, 144, 144]
+    assert prompts_of(loaded[0][0]) & prompts_of(loaded[1][0])
+
+
+def test_no_prompt_is_both_trained_on_and_held_out_whichever_data_set_it_comes_from(
+    tmp_path, capsys
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, train, test in ((one, pairs(60), pairs(90)[80:]), (two, pairs(90)[50:], pairs(5))):
+        folder.mkdir()
+        write_jsonl(folder / "train.jsonl", train + train[:3])
+        write_jsonl(folder / "test.jsonl", test)
+    args = arguments(tmp_path, one, two, data_split="0,1,0")
+    train, held_out = data.load(args, make_tokenizer(), 2)
+    assert not prompts_of(train) & prompts_of(held_out)
+    said = capsys.readouterr().out
+    assert "(3 repeated)" in said and "15 training rows left out: their prompts are held" in said
+    assert len(held_out) == 15 and len(train) == 60 + 40 - 5 - 10
+    args.dedup_prompts = False
+    assert len(data.load(args, make_tokenizer(), 2)[0]) == 106
+
+
+def test_instructions_are_used_whole_in_step_1(tmp_path):
+    rows = [{"prompt": f"w{i} w{i}", "response": " w1"} for i in range(20)]
+    single, double = (
+        write_jsonl(tmp_path / name, r) for name, r in (("a.jsonl", rows), ("b.jsonl", pairs(100)))
+    )
+    args = arguments(tmp_path, double, sft_only_data_path=[single])
+    train, held_out = data.load(args, make_tokenizer(), 1)
+    assert len(train) == 18 + 18 and len(held_out) == 2 + 10
+
+
+def save_everywhere(tmp_path, train, test):
+    """The same rows in every form that --data_path takes."""
+    lines, array = "".join(json.dumps(row) + "\n" for row in train), json.dumps(train, indent=1)
+    for folder, suffix, text in [
+        ("jsonl", "jsonl", lines),
+        ("json", "json", array),
+        ("lines", "json", lines),
+        ("shards", "jsonl", lines),
+    ]:
+        for packed, opener in (("", open), (".gz", gzip.open)):
+            (tmp_path / (folder + packed)).mkdir()
+            name = "train-00000-of-00001" if folder == "shards" else "train"
+            with opener(tmp_path / (folder + packed) / f"{name}.{suffix}{packed}", "wt") as file:
+                file.write(text)
+            write_jsonl(tmp_path / (folder + packed) / "test.jsonl", test)
+    (tmp_path / "parquet").mkdir()
+    Dataset.from_list(train).to_parquet(tmp_path / "parquet" / "train.parquet")
+    Dataset.from_list(test).to_parquet(tmp_path / "parquet" / "validation.parquet")
+    saved = DatasetDict(train_prefs=Dataset.from_list(train), test_prefs=Dataset.from_list(test))
+    saved.save_to_disk(tmp_path / "saved")
+    return sorted(path for path in tmp_path.iterdir() if path.is_dir())
+
+
+def test_every_form_of_a_data_set_gives_the_same_rows(tmp_path):
+    train, test = pairs(40), pairs(50)[40:]
+    forms = save_everywhere(tmp_path, train, test)
+    assert len(forms) == 10
+    for form in forms:
+        read = [[row for row, _ in stream] for stream in files.read(str(form), 1234)]
+        assert read == [train, test], form
+    Dataset.from_list(train).save_to_disk(tmp_path / "plain")
+    read = [[row for row, _ in stream] for stream in files.read(str(tmp_path / "plain"), 1234)]
+    assert read == [train, []]
+
+
+def test_deepspeed_chats_local_file(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.json", pairs(40))
+    write_jsonl(tmp_path / "data" / "eval.json", pairs(50)[40:])
+    monkeypatch.chdir(tmp_path)
+    args = arguments(tmp_path, "local/jsonfile", data_split="0,1,0")
+    assert [len(rows) for rows in data.load(args, make_tokenizer(), 2)] == [40, 10]
+    write_jsonl(tmp_path / "data" / "train.json", pairs(30))
+    assert len(data.load(args, make_tokenizer(), 2)[0]) == 30
+
+
+def test_a_hub_id_that_needs_a_script_says_how_to_convert_it(tmp_path, monkeypatch):
+    def load_dataset(path, *configuration):
+        assert (path, configuration) in [("mkqa", ()), ("some/set", ("main",))]
+        raise RuntimeError(f"Dataset scripts are no longer supported, but found {path}.py")
+
+    monkeypatch.setattr(files, "load_dataset", load_dataset)
+    for name in ("mkqa-Chinese", "some/set:main"):
+        with pytest.raises(InputError, match=r"convert it once: pip install 'datasets<4'"):
+            data.load(arguments(tmp_path, name), make_tokenizer(), 1)
 
 
 def test_loading_reports_drops_caches_and_follows_changed_files(tmp_path, capsys):
@@ -122,110 +401,126 @@ def test_loading_reports_drops_caches_and_follows_changed_files(tmp_path, capsys
     rows[0]["chosen"], rows[1]["chosen"], rows[2]["prompt"] = " ", rows[1]["rejected"], ""
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     tokenizer, args = make_tokenizer(), arguments(tmp_path, path, data_split="0,1,0")
-    train, held_out = data.load(args, tokenizer, 2, SPLITS)
-    assert len(train) + len(held_out) == 97 and "empty or alike" in capsys.readouterr().out
+    train, held_out = data.load(args, tokenizer, 2)
+    said = capsys.readouterr().out
+    assert len(train) + len(held_out) == 97 and "1 no prompt" in said
+    assert "1 no response" in said and "1 identical pair" in said
     cache = sorted(p.name for p in (tmp_path / "cache").iterdir())
-    data.load(args, tokenizer, 2, SPLITS)
+    data.load(args, tokenizer, 2)
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == cache
+    assert capsys.readouterr().out == said
     write_jsonl(tmp_path / "pairs.jsonl", pairs(150))
-    assert len(data.load(args, tokenizer, 2, SPLITS)[0]) > len(train)
+    assert len(data.load(args, tokenizer, 2)[0]) > len(train)
 
 
 def test_step_3_drops_long_prompts_and_says_how_many(tmp_path, capsys):
-    rows = pairs(100) + [{"prompt": "w1 " * 50}] * 10
+    rows = pairs(100) + [{"prompt": f"w{i} " + "w1 " * 50} for i in range(10)]
     args = arguments(tmp_path, write_jsonl(tmp_path / "p.jsonl", rows), data_split="0,0,1")
-    train, held_out = data.load(args, make_tokenizer(), 3, SPLITS, max_prompt=10)
-    assert (
-        len(train) + len(held_out) == 100
-        and "90 of 99 used (0 empty or alike, 9 too long)" in capsys.readouterr().out
+    train, held_out = data.load(args, make_tokenizer(), 3, max_prompt=10)
+    assert len(train) + len(held_out) == 100
+    assert "prompt too long)" in capsys.readouterr().out
+
+
+def test_processes_that_tokenise_give_what_one_gives(tmp_path):
+    path = write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": f"{i} w1", "response": " w2"} for i in range(13000)]
     )
-
-
-def test_every_cut_of_a_step_covers_the_same_rows(monkeypatch):
-    def steps(world, batch, accumulation):
-        seen = {}
-        for rank in range(world):
-            monkeypatch.setattr(engine, "rank", lambda: rank)
-            monkeypatch.setattr(engine, "world_size", lambda: world)
-            for step, micro_batches in data.optimizer_steps(
-                range(50), list, batch, accumulation, 7, 14
-            ):
-                assert [len(micro) for micro in micro_batches] == [batch] * accumulation
-                seen.setdefault(step, []).extend(row for micro in micro_batches for row in micro)
-        return {step: sorted(rows) for step, rows in seen.items()}
-
-    whole = steps(1, 8, 1)
-    assert steps(2, 4, 1) == steps(2, 2, 2) == steps(1, 1, 8) == whole and len(whole) == 14
-    first, second = (
-        [row for step in part for row in whole[step]] for part in (range(1, 7), range(7, 13))
-    )
-    assert (
-        len(set(first)) == len(set(second)) == 48 and first != second
-    )  # each epoch its own order, no repeats
-
-
-@pytest.mark.parametrize("total,world", [(10, 1), (10, 3), (2, 4)])
-def test_evaluation_covers_every_row_once_on_any_number_of_ranks(monkeypatch, total, world):
-    parts = []
-    for rank in range(world):
-        monkeypatch.setattr(engine, "rank", lambda: rank)
-        monkeypatch.setattr(engine, "world_size", lambda: world)
-        parts.append(
-            torch.tensor(
-                [row for batch in data.eval_batches(range(total), list, 2) for row in batch]
-            )
+    one, three = (
+        data.load(
+            arguments(
+                tmp_path / str(n),
+                path,
+                preprocessing_num_workers=n,
+                data_split="1,0,0",
+                max_eval_rows=1300,
+            ),
+            make_tokenizer(),
+            1,
         )
-    monkeypatch.setattr(engine, "gather", lambda values: torch.stack(parts))
-    assert engine.gather_rows(parts[0], total).tolist() == list(range(total))
-
-
-def test_stack_pads_prompts_left_and_responses_right():
-    tokenizer = make_tokenizer()
-    one, two = (
-        data.collate(tokenizer, [row])
-        for row in ({"prompt": [5], "chosen": [6, 2]}, {"prompt": [7, 8], "chosen": [2]})
+        for n in (1, 3)
     )
-    both = models.stack([{**one, "score": torch.ones(1)}, {**two, "score": torch.zeros(1)}], 1)
-    assert both["prompt_ids"].tolist() == [[1, 5], [7, 8]] and both["prompt_mask"].tolist() == [
-        [False, True],
-        [True, True],
-    ]
-    assert both["response_ids"].tolist() == [[6, 2], [2, 1]] and both["mask"].tolist() == [
-        [True, True],
-        [True, False],
-    ]
-    assert both["score"].tolist() == [1, 0]
+    assert [rows.to_list() for rows in one] == [rows.to_list() for rows in three]
+    assert [len(rows) for rows in one] == [11700, 1300]
 
 
+def _load_in_a_process(args, results):
+    results.put([rows.to_list() for rows in data.load(args, make_tokenizer(), 2)])
+
+
+def test_concurrent_runs_build_one_cache_and_read_whole_rows(tmp_path):
+    args = arguments(tmp_path, write_jsonl(tmp_path / "pairs.jsonl", pairs(900)))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    runs = [context.Process(target=_load_in_a_process, args=(args, results)) for _ in range(4)]
+    for run in runs:
+        run.start()
+    first, *others = [results.get(timeout=60) for _ in runs]
+    assert all(rows == first for rows in others)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing half-written is left
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_is_read(tmp_path):
+    path = write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": f"{i} w1", "response": " w2"} for i in range(20000)]
+    )
+    flags = ["--data_path", path, "--data_output_path", str(tmp_path / "cache"), "--phase", "1"]
+    command = [sys.executable, "-m", "rlhf.data", *flags, "--data_split", "1,0,0"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    while not list(tmp_path.glob("cache/*/work/*/*/*/*/*.arrow")):  # it has begun to write
+        time.sleep(0.005)
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not list(tmp_path.glob("cache/*/report.txt"))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "train rows: 18000 of 18000 used" in done.stdout, done.stderr
+
+
+# bad input
+
+GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 BROKEN = {
     "absent.jsonl": (None, "there is no such file or folder"),
     "empty.jsonl": (b"", "it has no rows"),
+    "empty.json": (b"[]", "it has no rows"),
     "blank.jsonl": (b"\n\n", "it has no rows"),
-    "text.jsonl": (b"hello\n", "text.jsonl, line 1: not JSON"),
-    "number.jsonl": (
-        b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n3\n',
-        "line 2: not a JSON object",
-    ),
-    "column.jsonl": (
-        b'{"prompt": "a", "chosen": "b"}\n' * 20,
-        "column rejected is missing (found: prompt, chosen)",
-    ),
+    "name.csv": (GOOD, "its name ends in none of .jsonl"),
+    "text.jsonl": (GOOD + b"hello\n", "text.jsonl, line 2: cannot be read"),
+    "half.jsonl": (GOOD + GOOD[:20], "half.jsonl, line 2: cannot be read"),
+    "number.jsonl": (GOOD + b"3\n", "line 2: not a JSON object"),
+    "null.json": (b"[" + GOOD + b", null]", "null.json, row 2: not a JSON object"),
+    "column.jsonl": (b'{"prompt": "a", "chosen": "b"}\n', "line 1: step 2 needs pairs"),
+    "mixed.jsonl": (GOOD + b'{"prompt": "a", "text": "b"}\n', "mixed.jsonl, line 2: step 2 needs"),
+    "other.jsonl": (GOOD + b'{"source": "a"}\n', "other.jsonl, line 2: no layout fits columns"),
     "type.jsonl": (
-        b'{"prompt": "a", "chosen": 3, "rejected": "c"}\n' * 20,
-        "column chosen has type int",
+        GOOD + b'{"prompt": "a", "chosen": 3, "rejected": "c"}\n',
+        "type.jsonl, line 2: column chosen has type int",
+    ),
+    "list.jsonl": (
+        GOOD + b'{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n',
+        "list.jsonl, line 2: a message must be",
     ),
     "alike.jsonl": (
-        b'{"prompt": "a", "chosen": "c", "rejected": "c"}\n' * 20,
-        "train rows: 0 of 7 used (7 empty or alike",
+        b"".join(b'{"prompt": "%d", "chosen": "c", "rejected": "c"}\n' % i for i in range(20)),
+        "train rows: 0 of 7 used (7 identical pair)",
+    ),
+    "nulls.jsonl": (
+        b'{"prompt": null, "chosen": null, "rejected": null}\n' * 20,
+        "train rows: 0 of 20 used (20 no prompt)",
     ),
     "surrogate.jsonl": (
         b'{"prompt": "a \\ud800 b", "chosen": "b", "rejected": "c"}\n' * 20,
         "surrogate.jsonl, line 1: column prompt holds half a surrogate pair",
     ),
-    "one.jsonl": (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "train rows: 0 of 0 used"),
-    "latin.jsonl": (b'{"prompt": "\xe9"}\n', "cannot be read"),
-    "torn.jsonl.gz": (gzip.compress(b'{"prompt": "a"}\n' * 1000)[:40], "cannot be read"),
-    "plain.jsonl.gz": (b'{"prompt": "a"}\n', "cannot be read"),
+    "one.jsonl": (GOOD, "train rows: 0 of 0 used"),
+    "latin.jsonl": (
+        GOOD + b'{"prompt": "\xe9"}\n',
+        "latin.jsonl, line 2: cannot be read (as JSON in UTF-8)",
+    ),
+    "deep.jsonl": (b"[" * 100_000, "cannot be read"),
+    "torn.jsonl.gz": (gzip.compress(GOOD * 1000)[:50], "cannot be read"),
+    "plain.jsonl.gz": (GOOD, "cannot be read"),
+    "torn.parquet": (b"PAR1 and no more", "torn.parquet"),
 }
 
 
@@ -235,34 +530,94 @@ def test_a_broken_file_is_named_in_one_sentence(tmp_path, name):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
-        data.load(arguments(tmp_path, tmp_path / name), make_tokenizer(), 2, SPLITS)
-    assert (
-        expected in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
-    )
-    assert not [p for p in tmp_path.rglob("report.txt")]
+        data.load(arguments(tmp_path, tmp_path / name), make_tokenizer(), 2)
+    said = str(error.value)
+    assert expected in said and name in said and "\n" not in said
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_folder_without_training_rows_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "test.jsonl", pairs(4))
+    with pytest.raises(InputError, match="data: no train.jsonl or the like .* .found: test"):
+        data.load(arguments(tmp_path, tmp_path / "data"), make_tokenizer(), 2)
+    DatasetDict(more=Dataset.from_list(pairs(4))).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="no train split in it .found: more"):
+        data.load(arguments(tmp_path, tmp_path / "saved"), make_tokenizer(), 2)
+    (tmp_path / "saved" / "more" / "state.json").write_text("{")
+    with pytest.raises(InputError, match="cannot load the data set .*saved"):
+        data.load(arguments(tmp_path, tmp_path / "saved"), make_tokenizer(), 2)
 
 
 def test_a_bad_row_stops_every_step_and_not_only_the_one_it_falls_to(tmp_path):
-    rows = [*pairs(60), {"prompt": "w1", "chosen": None, "rejected": " w2"}, *pairs(60)]
+    rows = [*pairs(60), {"prompt": "w1", "chosen": 3, "rejected": " w2"}, *pairs(60)]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     for split in ("1,0,0", "0,1,0", "1,1,1"):
-        with pytest.raises(InputError, match="line 61: column chosen has type NoneType"):
-            data.load(arguments(tmp_path, path, data_split=split), make_tokenizer(), 2, SPLITS)
+        with pytest.raises(InputError, match="line 61: column chosen has type int"):
+            data.load(arguments(tmp_path, path, data_split=split), make_tokenizer(), 2)
 
 
-def test_too_few_rows_for_a_step_and_a_bad_split(tmp_path):
-    with pytest.raises(InputError, match="5 training rows do not fill one step of 8"):
-        data.steps_per_epoch(range(5), 4, 2, "--per_device_train_batch_size")
+def test_a_bad_split(tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", pairs(50))
     for split in ("1,2", "a,b,c", "0,0,0", "1,-1,1"):
         with pytest.raises(InputError, match="--data_split"):
-            data.load(arguments(tmp_path, path, data_split=split), make_tokenizer(), 2, SPLITS)
+            data.load(arguments(tmp_path, path, data_split=split), make_tokenizer(), 2)
 
 
-def test_the_real_preference_pairs():
-    folder = SHARED / "rm-static"
-    if not folder.is_dir():
+def test_an_eos_that_the_tokenizer_adds_is_not_taken_for_one_in_the_text():
+    tokenizer = make_tokenizer()
+    rows = rows_of(tokenizer, [("w0 </s>", " w1")])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    assert rows == rows_of(tokenizer, [("w0 </s>", " w1")])
+    assert rows[0]["prompt"] == [3, 2] and rows[0]["chosen"] == [4, 2]
+
+
+def test_the_page_of_what_training_would_see(tmp_path):
+    rows = [{**row, "prompt": f"w1 </s> {row['prompt']}"} for row in pairs(100)] + pairs(5)
+    rows.append({**rows[0], "chosen": " w1" * 40})
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    flags = ["--data_path", path, "--phase", "2", "--data_split", "0,1,0", "--max_seq_len", "16"]
+    flags += ["--tokenizer", str(tmp_path / "tokenizer"), "--data_output_path", str(tmp_path)]
+    command = [sys.executable, "-m", "rlhf.data", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{path}, step 2, train rows: ") and " used" in lines[0]
+    table = {line.split()[0]: line.split()[1:] for line in lines[3:7]}
+    assert table["tokens"][0] == "mean" and table["rejected"] == ["2"] * 8
+    assert table["chosen"][-1] == "15" and table["prompt"][-1] == "4"
+    assert any("trained] >>>w" in line and line.endswith("</s><<<") for line in lines)
+    assert "special tokens" in done.stdout
+
+
+# the real rows
+
+
+def test_the_real_pairs_are_the_same_in_both_layouts(tmp_path):
+    folders = [SHARED / "rm-static", SHARED / "hh-rlhf"]
+    if not all(folder.is_dir() for folder in folders):
         pytest.skip("the real data is not here")
-    rows, held_out = data.read(str(folder), argparse.Namespace(seed=1234, eval_fraction=0.1))
-    assert (len(rows), len(held_out)) == (4960, 530)
-    assert all(data.render(row, phase) for row in rows[:200] for phase in (1, 3))
+    both = []
+    for folder in folders:
+        streams = files.read(str(folder), 1234)
+        both.append(
+            [rendered("", row, phase) for rows in streams for row, _ in rows for phase in (2,)]
+        )
+    assert len(both[0]) == 5490 and both[0] == both[1]
+    assert {reason for reason, *_ in both[0]} == {"used"}
+
+
+@pytest.mark.parametrize(
+    "name,rows",
+    [("sharegpt_vicuna", 3299), ("instructions.jsonl.gz", 9680), ("prompts.jsonl.gz", 10017)],
+)
+def test_the_other_real_rows(name, rows):
+    if not (SHARED / name).exists():
+        pytest.skip("the real data is not here")
+    phase = 3 if name.startswith("prompts") else 1
+    made = [rendered("", row, phase) for row, _ in files.read(str(SHARED / name), 1234)[0]]
+    assert len(made) == rows and sum(reason == "used" for reason, *_ in made) > 0.99 * rows
+    assert name != "sharegpt_vicuna" or all("USER:" not in prompt for _, prompt, *_ in made)

@@ -21,7 +21,10 @@ def run(model_folder, tmp_path, monkeypatch, capsys):
     reward_model = models.load_scalar(one, tokenizer, new_head=True)
     models.save_model(reward_model, tokenizer, str(tmp_path / "rm"))
     rows = [
-        {"prompt": f"w{i % 30} " + "w1 " * (1 if i % 2 else 19), "response": " w2 w3 w4 w5"}
+        {
+            "prompt": f"w{i % 30} w{i // 30}" + " w1" * (0 if i % 2 else 18),
+            "response": " w2 w3 w4 w5",
+        }
         for i in range(200)
     ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -4,7 +4,7 @@ the training forward agrees on."""
 import pytest
 import torch
 
-from rlhf import data, models
+from rlhf import batches, models
 from rlhf.generate import finished, sample
 from tests.conftest import FAMILIES
 
@@ -20,7 +20,7 @@ def policy(model_folder):
 
 
 def prompts(tokenizer, *rows):
-    return data.collate(tokenizer, [{"prompt": row} for row in rows], responses=())
+    return batches.collate(tokenizer, [{"prompt": row} for row in rows], responses=())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

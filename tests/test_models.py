@@ -12,9 +12,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from rlhf import data, models
+from rlhf import batches, models
 from rlhf.args import InputError
-from tests.conftest import FAMILIES, SPECIALS
+from tests.conftest import FAMILIES, SPECIALS, rows_of
 
 ROWS = [
     {"prompt": list(range(3, 3 + n)), "chosen": [5 + n] * r + [2]}
@@ -37,11 +37,8 @@ def test_a_reward_model_gives_the_same_score_in_transformers(
     models.save_model(model, tokenizer, folder)
 
     texts = [("w1 w2 w3", " w4 w5"), ("w7", " w8 w9 w10 w11"), ("w3 w1", " w2")]
-    rows = [
-        data.tokenise({"prompt": p, "chosen": r, "rejected": None}, tokenizer, 32, None)
-        for p, r in texts
-    ]
-    ours = models.sequence_scores(model, data.collate(tokenizer, rows))
+    rows = rows_of(tokenizer, texts)
+    ours = models.sequence_scores(model, batches.collate(tokenizer, rows))
     theirs, their_tokenizer = (
         AutoModelForSequenceClassification.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
@@ -88,7 +85,7 @@ def test_padding_and_company_change_no_number(model_folder, family):
     folder = model_folder(family)
     model, tokenizer = scalar(folder)
     policy = models.load_policy(folder, tokenizer).eval()
-    together = data.collate(tokenizer, ROWS)
+    together = batches.collate(tokenizer, ROWS)
     wider = {
         name: torch.nn.functional.pad(x, (3, 0) if name.startswith("prompt") else (0, 2))
         for name, x in together.items()
@@ -104,7 +101,7 @@ def test_padding_and_company_change_no_number(model_folder, family):
         (models.sequence_scores, model),
     ):
         for index, row in enumerate(ROWS):
-            alone, length = function(net, data.collate(tokenizer, [row]))[0], len(row["chosen"])
+            alone, length = function(net, batches.collate(tokenizer, [row]))[0], len(row["chosen"])
             for batch in (together, wider, other_pad):
                 inside = function(net, batch)[index]
                 inside = inside[:length] if inside.ndim else inside
@@ -121,7 +118,7 @@ def test_log_probs_and_values_stand_at_the_actions(model_folder, family):
     ids, prompt = torch.tensor([row["prompt"] + row["chosen"]]), len(row["prompt"])
     logp = policy(ids).logits[0].log_softmax(1)
     hidden = model.classifier.base_model(ids)[0]
-    scores, batch = model.classifier.score(hidden)[0, :, 0], data.collate(tokenizer, [row])
+    scores, batch = model.classifier.score(hidden)[0, :, 0], batches.collate(tokenizer, [row])
     for t, token in enumerate(row["chosen"]):
         assert models.policy_logprobs(policy, batch)[0, t].item() == pytest.approx(
             logp[prompt + t - 1, token].item(), abs=1e-5
@@ -162,7 +159,9 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "no model folder" in message(models.load_tokenizer, str(tmp_path / "absent"))
+    assert "there is no such file or folder" in message(
+        models.load_tokenizer, str(tmp_path / "absent")
+    )
     assert "absent/model" in message(models.load_tokenizer, "absent/model")
     assert "missing weight(s), score.weight first" in message(models.load_scalar, good, tokenizer)
     hurt = model_folder(name="hurt")
@@ -205,7 +204,7 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
 def test_heads_compute_in_fp32_under_bf16_weights(model_folder):
     model, tokenizer = scalar(model_folder(), dtype=torch.bfloat16)
     assert model.classifier.score.weight.dtype == torch.bfloat16
-    values = models.state_values(model, data.collate(tokenizer, ROWS))
+    values = models.state_values(model, batches.collate(tokenizer, ROWS))
     assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
 
 
@@ -238,15 +237,6 @@ def test_the_real_language_model_loads_and_keeps_its_vocabulary():
     tokenizer = models.load_tokenizer(str(folder))
     policy = models.load_policy(str(folder), tokenizer).eval()
     assert policy.get_input_embeddings().weight.shape[0] == 512 and tokenizer.pad_token == "<unk>"
-    row = data.tokenise(
-        {
-            "prompt": "Once upon a time, there was a little girl",
-            "chosen": " named Lily.",
-            "rejected": None,
-        },
-        tokenizer,
-        64,
-        None,
-    )
+    [row] = rows_of(tokenizer, [("Once upon a time, there was a little girl", " named Lily.")])
     assert tokenizer.decode(row["chosen"], skip_special_tokens=True) == "named Lily."
-    assert models.policy_logprobs(policy, data.collate(tokenizer, [row]))[0, :-1].mean() > -1
+    assert models.policy_logprobs(policy, batches.collate(tokenizer, [row]))[0, :-1].mean() > -1

@@ -114,6 +114,7 @@ def test_sft_overfits_eight_rows_and_the_saved_model_is_the_trained_one(world, c
     eight = dict(
         data_path=tmp_path / "eight", data_split="1,0,0", per_device_train_batch_size=8, **SMALL
     )
+    eight["no-dedup_prompts"] = True
     first, again = world["out"] / "sft", world["out"] / "again"
     long = dict(num_train_epochs=150, eval_interval=150)
     code, error = call(
@@ -138,6 +139,48 @@ def test_training_on_prompts_too_makes_prompts_likelier(world, start, call):
         assert code == 0, error
         logp[name] = -AutoModelForCausalLM.from_pretrained(folder)(ids, labels=ids).loss
     assert logp["both"] > logp["responses"] + 0.3
+
+
+def test_packing_takes_the_step_that_padding_takes(world, start, call, tmp_path):
+    rows = [
+        {"prompt": f"w{i} w{i + 1}" + " w1" * (i % 4), "response": " w2" * (1 + i % 5)}
+        for i in range(8)
+    ]
+    (tmp_path / "eight").mkdir()
+    write_jsonl(tmp_path / "eight" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "eight" / "test.jsonl", [{"prompt": "w29 w29", "response": " w3"}])
+    start.update(data_path=tmp_path / "eight", data_split="1,0,0", max_seq_len=64, max_steps=1)
+    padded, packed = world["out"] / "padded", world["out"] / "packed"
+    assert call(train_sft, **start, per_device_train_batch_size=8, output_dir=padded)[0] == 0
+    one = dict(per_device_train_batch_size=1, packing=True)  # all eight rows in one sequence
+    code, error = call(train_sft, **start, **one, output_dir=packed)
+    assert code == 0, error
+    # all but the token count's own denominators agree: the step, and the model that it made
+    names = ["loss", "grad_norm"]
+    same(metrics(padded)[1], metrics(packed)[1], names)
+    same(metrics(padded)[2], metrics(packed)[2], ["eval_perplexity"])
+
+
+def test_grouping_by_length_trains_on_the_same_rows_and_pads_less(world, start, call):
+    for script in (train_sft, train_rm):
+        out = world["out"] / script.__name__
+        code, error = call(script, **start, group_by_length=True, max_steps=3, output_dir=out)
+        assert code == 0 and len(metrics(out)) == 5, error
+
+
+def test_an_end_of_conversation_token_goes_through_all_three_steps(world, start, ppo, call):
+    new = dict(end_of_conversation_token="<end>", add_eot_token=True)
+    sft, rm = world["out"] / "sft", world["out"] / "rm"
+    assert call(train_sft, **start, **new, max_steps=1, output_dir=sft)[0] == 0
+    start["model_name_or_path"] = sft  # from here on it is the model's eos
+    assert call(train_rm, **start, max_steps=1, output_dir=rm)[0] == 0
+    models = dict(actor_model_name_or_path=sft, critic_model_name_or_path=rm)
+    code, error = call(train_ppo, **ppo("ppo", **models, max_steps=1))
+    assert code == 0, error
+    opened = AutoModelForCausalLM.from_pretrained(world["out"] / "ppo" / "actor")
+    assert opened.config.eos_token_id == opened.generation_config.eos_token_id == 33
+    other = dict(**models, end_of_conversation_token="w3", max_steps=1)
+    assert "responses end with w3" in call(train_ppo, **ppo("other", **other))[1]
 
 
 def test_a_reward_model_separates_separable_pairs(reward_model):
@@ -292,7 +335,7 @@ def test_two_ranks_with_half_the_batch_take_the_same_step(
 ):
     rows = [
         {
-            "prompt": "w1 " * (1 + i % 9),
+            "prompt": f"w{i % 30} w{i // 30} " + "w1 " * (i % 9),
             "chosen": " w2" * (1 + i % 5),
             "rejected": " w3" * (1 + i % 3),
         }
@@ -374,6 +417,7 @@ def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, tmp_p
         (train_sft, "--max_seq_len 1", "must be a whole number above 1, not 1"),
         (train_sft, "--seed 5000000000", "must be a whole number below 2^31"),
         (train_ppo, "stray", "stray: does not belong to any flag"),
+        (train_sft, "--packing --group_by_length", "no padding for --group_by_length to save"),
     ],
 )
 def test_a_bad_flag_is_one_sentence_and_exit_code_2(call, script, arguments, expected):
@@ -417,7 +461,11 @@ def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
         (train_ppo, ppo_with(critic_model_name_or_path=world["actor"]), "it is no reward model"),
         (train_ppo, ppo_with(actor_model_name_or_path=other), "different vocabularies"),
         (train_ppo, ppo_with(max_answer_seq_len=60), "do not fit in the 64-token context"),
-        (train_rm, {**start, "model_name_or_path": tmp_path / "no"}, "there is no model folder"),
+        (
+            train_rm,
+            {**start, "model_name_or_path": tmp_path / "no"},
+            "there is no such file or folder",
+        ),
         (train_rm, {**start, "model_name_or_path": headless}, "cannot load the weights"),
         (train_rm, {**start, "max_seq_len": 65}, "do not fit in the 64-token context"),
         (train_rm, {**start, "data_path": tmp_path / "no.jsonl"}, "there is no such file"),
@@ -425,7 +473,7 @@ def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
         (train_sft, {**start, "output_dir": f"{file}/in"}, "cannot write to --output_dir"),
         (train_sft, {**start, "data_output_path": f"{file}/in"}, "write to --data_output_path"),
         (train_sft, {**start, "data_split": "nan,1,1"}, "--data_split must be three numbers"),
-        (train_ppo, ppo_with(unsupervised_dataset_name=rm / "model.safetensors"), "as text"),
+        (train_ppo, ppo_with(unsupervised_dataset_name=rm / "model.safetensors"), "ends in none"),
         (train_sft, {**start, "per_device_train_batch_size": 4096}, "do not fill one step of"),
     ]:
         code, error = call(script, **{"output_dir": rm, **settings})

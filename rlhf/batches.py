@@ -1,0 +1,145 @@
+"""Rows of ids -> padded or packed batches -> optimizer steps, the same on any number of ranks."""
+import bisect
+import os
+from functools import partial
+
+import torch
+from datasets import load_from_disk
+
+from rlhf import cache, engine, files
+from rlhf.args import InputError
+
+
+def steps_per_epoch(units, batch_size, accumulation, flag):
+    """Optimizer steps in one pass.  InputError when the rows do not fill a single one."""
+    span = batch_size * accumulation * engine.world_size()
+    if len(units) < span:
+        raise InputError(f"{len(units)} training rows do not fill one step of {span} (batch x "
+                         f"accumulation x ranks): lower {flag} or add data")
+    return len(units) // span
+
+
+def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_length=False):
+    """Yields (step, list of micro-batches) for step 1..total; a unit is a row, or a pack of rows.
+
+    Over the ranks a step covers the same units however it is cut.  Every epoch has its own order
+    and leaves out another tail, that fills no step.  With by_length a step's rows are alike in
+    length: sorted within stretches of 50 steps, whose steps then go in random order."""
+    world = engine.world_size()
+    span, step = batch_size * accumulation * world, 0
+    lengths = torch.as_tensor(units.with_format("numpy")["length"][:]) if by_length else None
+    while step < total:
+        shuffle = torch.Generator().manual_seed(seed + step // (len(units) // span))
+        order = torch.randperm(len(units), generator=shuffle)[:len(units) // span * span]
+        if by_length:
+            stretches = [part[lengths[part].argsort()] for part in order.split(50 * span)]
+            order = torch.cat(stretches).view(-1, span)
+            order = order[torch.randperm(len(order), generator=shuffle)].flatten()
+        for whole in order.split(span)[:total - step]:
+            step += 1
+            yield step, [collate([units[j] for j in part.tolist()])
+                         for part in whole[engine.rank()::world].split(batch_size)]
+
+
+def eval_batches(rows, collate, batch_size):
+    """This rank's share of the held-out rows, equally many on every rank: the first come round
+    again.  engine.gather_rows restores the order and drops the repeats."""
+    rank, world = engine.rank(), engine.world_size()
+    mine = [i % len(rows) for i in range(rank, -(-len(rows) // world) * world, world)]
+    for start in range(0, len(mine), batch_size):
+        yield collate([rows[i] for i in mine[start:start + batch_size]])
+
+
+def collate(tokenizer, rows, responses=("chosen",)):
+    """Rows of ids -> a batch (see models.py); of two responses: all chosen, then all rejected."""
+    prompts = [row["prompt"] for row in rows] * max(1, len(responses))
+    batch = dict(zip(("prompt_ids", "prompt_mask"),
+                     pad(prompts, tokenizer.pad_token_id, left=True)))
+    if responses:
+        texts = [row[name] for name in responses for row in rows]
+        batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))
+    return batch
+
+
+def pad(sequences, fill, left=False):
+    """Lists of ids -> (B, longest) ids and mask, on this rank's device."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), fill)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        span = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[row, span], mask[row, span] = torch.tensor(sequence, dtype=torch.long), True
+    return ids.to(engine.device()), mask.to(engine.device())
+
+
+class Packs:
+    """Rows -> a sequence of lists of rows that fit into `room` tokens together.
+
+    Best fit, longest row first: each goes where the least room remains."""
+
+    def __init__(self, rows, room):
+        lengths = rows.with_format("numpy")["length"][:]
+        self.rows, self.packs, free = rows, [], []          # free: sorted (room left, pack)
+        for number in (-lengths).argsort(kind="stable").tolist():
+            at = bisect.bisect_left(free, (lengths[number], -1))
+            left, pack = free.pop(at) if at < len(free) else (room, len(self.packs))
+            if pack == len(self.packs):
+                self.packs.append([])
+            self.packs[pack].append(number)
+            if left - lengths[number] >= lengths.min():
+                bisect.insort(free, (left - lengths[number], pack))
+
+    def __len__(self):
+        return len(self.packs)
+
+    def __getitem__(self, index):
+        return [self.rows[i] for i in self.packs[index]]
+
+
+def collate_packs(tokenizer, packs):
+    """Lists of rows -> a batch whose every row is one list, end to end.
+
+    Its prompt is its first token.  Position ids restart with each sequence, which keeps attention
+    inside it (models.policy_logprobs); `mask` covers the responses, prompt_mask (B, T) all else."""
+    ids, seen = pad([[i for row in rows for i in row["prompt"] + row["chosen"]] for rows in packs],
+                    tokenizer.pad_token_id)                                             # (B, T)
+    trained, positions = torch.zeros_like(seen), torch.zeros_like(ids)
+    for number, rows in enumerate(packs):
+        start = 0
+        for row in rows:
+            end = start + len(row["prompt"]) + len(row["chosen"])
+            positions[number, start:end] = torch.arange(end - start)
+            trained[number, start + len(row["prompt"]):end] = True
+            start = end
+    return {"prompt_ids": ids[:, :1], "response_ids": ids[:, 1:], "mask": trained[:, 1:],
+            "prompt_mask": seen & ~trained, "position_ids": positions}
+
+
+def text_stream(args, tokenizer):
+    """Endless packed batches of plain text for the unsupervised loss; None if no data set is named
+    for it.  A text ends with eos; a long one is cut.  Its first token is its prompt."""
+    name, length = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
+    if name is None:
+        return None
+    path = ":".join(filter(None, [name, args.unsupervised_dataset_config_name]))
+    build = partial(_build_texts, path, length, args, tokenizer)
+    identity = [cache.fingerprint(path), length, args.seed]
+    packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
+    cut = (args.per_device_training_batch_size, 1)
+    if len(packs) < cut[0] * engine.world_size():
+        raise InputError(f"--unsupervised_dataset_name {path}: its text fills {len(packs)} rows of "
+                         f"{length} tokens, fewer than one batch on every rank")
+    to_batch = partial(collate_packs, tokenizer)
+    steps = optimizer_steps(packs, to_batch, *cut, args.seed, 1 << 62)
+    return (micro_batch for _, [micro_batch] in steps)
+
+
+def _build_texts(path, length, args, tokenizer, folder):
+    def blocks(texts):
+        ids = [i + [tokenizer.eos_token_id] for i in tokenizer(texts["text"])["input_ids"]]
+        cut = [text[i:i + length] for text in ids for i in range(0, len(text) - 1, length)]
+        return {"prompt": [block[:1] for block in cut], "chosen": [block[1:] for block in cut],
+                "length": [len(block) for block in cut]}
+    texts = cache.collect(files.texts(path, args.seed), os.path.join(folder, "work"), text="string")
+    rows = cache.tokenised(texts, blocks, args, prompt="ids", chosen="ids", length="int32")
+    rows.save_to_disk(folder)

@@ -1,0 +1,77 @@
+"""Arrow files on disk, built once, memory-mapped by all: memory does not grow with the data."""
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import socket
+from itertools import chain
+
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
+
+from rlhf import engine, files, render, toy
+from rlhf.args import InputError
+
+
+def cached(args, tokenizer, identity, build):
+    """The folder that build(folder), a partial, fills; named by the SHA-256 of all that determines
+    it: `identity`, the tokenizer, and the code.
+
+    It appears whole or not at all.  Where it is missing, each node's first rank builds it."""
+    fast = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    modules = (files, render, toy, inspect.getmodule(build.func))
+    code = [inspect.getsource(module) for module in modules]
+    everything = [identity, fast, tokenizer.eos_token, tokenizer.chat_template, code]
+    name = hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+    folder = os.path.join(args.data_output_path, name)
+    temporary = f"{folder}.{socket.gethostname()}.{os.getpid()}"
+
+    def build_whole():
+        try:
+            build(temporary)
+            shutil.rmtree(os.path.join(temporary, "work"), ignore_errors=True)
+            os.rename(temporary, folder)
+        except OSError:
+            if not os.path.isdir(folder):     # if it is, another run was faster, and is as good
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    here = torch.tensor(float(os.path.isdir(folder)), device=engine.device())
+    if not engine.gather(here).all():
+        engine.on_rank_zero(build_whole, every_node=True)
+    return folder
+
+
+def fingerprint(path):
+    """A data set's name, and the name, size and time of each of its files here."""
+    names = [path] if os.path.isfile(path) else sorted(
+        os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return path, [(os.path.abspath(name), os.stat(name).st_size, os.stat(name).st_mtime_ns)
+                  for name in names]
+
+
+def collect(rows, cache_dir, **kinds):
+    """An iterator of dicts -> a Dataset on disk with columns of these kinds."""
+    features, first = _features(kinds), next(rows, None)
+    if first is None:
+        return Dataset.from_dict({name: [] for name in kinds}, features)
+    try:
+        return Dataset.from_generator(lambda: chain([first], rows), features, cache_dir,
+                                      fingerprint="rows")    # it could not hash an open file
+    except DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, InputError) else error
+
+
+def tokenised(texts, function, args, **kinds):
+    """The Dataset that the function makes of batches of texts, on several processes."""
+    workers = min(args.preprocessing_num_workers, 1 + len(texts) // 5000)
+    return texts.map(function, batched=True, remove_columns=texts.column_names,
+                     features=_features(kinds), num_proc=workers if workers > 1 else None,
+                     load_from_cache_file=False)
+
+
+def _features(kinds):
+    return Features({name: List(Value("int32")) if kind == "ids" else Value(kind)
+                     for name, kind in kinds.items()})

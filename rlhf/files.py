@@ -1,0 +1,89 @@
+"""Raw rows from wherever they lie: files, folders, save_to_disk folders, the hub.
+
+All are streams of (row, where): a dict, and the place to name when something is wrong with it."""
+import gzip
+import json
+import os
+import zlib
+from itertools import chain
+
+from datasets import Dataset, load_dataset, load_from_disk
+
+from rlhf import toy
+from rlhf.args import InputError, opened
+
+SUFFIXES = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".parquet")
+HELD_OUT = ("test", "validation", "valid", "eval", "dev")
+
+
+def read(path, seed):
+    """A data set's training rows and held-out rows, a stream each; the second may be empty."""
+    if path == "toy":
+        return [_rows("the embedded world", rows) for rows in toy.rows(seed=seed)]
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else None
+    if os.path.isfile(path):
+        streams = {"train": _file(path)}
+    elif names is None and path.endswith(SUFFIXES):
+        raise InputError(f"{path}: there is no such file or folder")
+    elif names is None or {"state.json", "dataset_dict.json"} & {*names}:
+        name, _, configuration = path.partition(":")
+        loaded = opened(load_from_disk, path, "the data set") if names else \
+            opened(load_dataset, name, "the data set", *filter(None, [configuration]))
+        splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
+        streams = {split: _rows(f"{path}, {split}", rows) for split, rows in splits.items()}
+    else:
+        streams = {n: _file(os.path.join(path, n)) for n in names if n.endswith(SUFFIXES)}
+    groups = [next((group for like in (str.__eq__, str.startswith) for kind in kinds
+                    if (group := [n for n in streams if like(n.split(".")[0], kind)])), [])
+              for kinds in (("train",), HELD_OUT)]
+    if not groups[0]:
+        raise InputError(f"{path}: no train.jsonl or the like and no train split in it (found: "
+                         f"{', '.join(streams) or 'nothing'})")
+    # Shards are files of one split; of the hub's train_sft, train_prefs the first will do.
+    return [chain.from_iterable(streams[n] for n in (group if "." in group[0] else group[:1]))
+            if group else () for group in groups]
+
+
+def texts(path, seed):
+    """Plain texts for the unsupervised loss: a .txt file's paragraphs, or a column text."""
+    rows = [({"text": t}, path) for t in toy.texts(seed)] if path == "toy" else read(path, seed)[0]
+    for row, where in rows:
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"{where}: no text in column text (found: {', '.join(row)})")
+        if row["text"].strip():
+            yield {"text": row["text"]}
+
+
+def _rows(path, rows):
+    try:
+        for number, row in enumerate(rows, 1):
+            yield row, f"{path}, row {number}"
+    except Exception as error:            # of many libraries' own types
+        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _file(path):
+    if not path.endswith(SUFFIXES):
+        raise InputError(f"{path}: its name ends in none of {', '.join(SUFFIXES)}")
+    if path.endswith(".parquet"):
+        stream = lambda path: load_dataset("parquet", data_files=path, streaming=True)["train"]
+        yield from _rows(path, opened(stream, path, "the rows of"))
+        return
+    where = path
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            array = file.read(1000).lstrip()[:1] == b"["
+            file.seek(0)
+            if path.endswith((".txt", ".txt.gz")):
+                rows = [json.dumps({"text": text}) for text in file.read().decode().split("\n\n")]
+            else:
+                rows = json.load(file) if array else file
+            for number, row in enumerate(rows, 1):
+                where = f"{path}, {'row' if array else 'line'} {number}"
+                if array or row.strip():
+                    row = row if array else json.loads(row)
+                    if not isinstance(row, dict):
+                        raise InputError(f"{where}: not a JSON object")
+                    yield row, where
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{where}: cannot be read (as JSON in UTF-8): {error}") from error

@@ -1,0 +1,149 @@
+"""A raw row -> prompt and responses as texts -> ids."""
+import os
+import re
+import string
+from collections import defaultdict
+from functools import partial
+
+from rlhf.args import InputError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+REASONS = ("used", "no prompt", "no response", "identical pair", "tie", "prompts of a pair differ",
+           "over a million characters")
+NEEDED = {1: 2, 2: 3, 3: 1}                      # of prompt, chosen, rejected, in each phase
+
+
+def render(row, where, layout, phase, tokenizer):
+    """A raw row -> one of REASONS, which says whether it can serve; the prompt's name, the same for
+    every phase and tokenizer; prompt, chosen, rejected, empty where the phase needs none.
+
+    InputError for a missing column or a wrong type."""
+    if phase < 3 and layout[phase] is None:
+        raise InputError(f"{where}: step {phase} needs {('responses', 'pairs')[phase - 1]}, and "
+                         f"columns {', '.join(row)} hold none (instructions go to step 1's "
+                         f"--sft_only_data_path)")
+    try:
+        row = layout.fix(row) if layout.fix else row
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: a column is missing or of a wrong type: {error}") from error
+    if isinstance(row, str):
+        return row, "", "", "", ""
+    *texts, response = (_fill(template, row, where) for template in layout[:4])
+    if phase == 1 and response:
+        texts[1] = response
+    name = texts[0]
+    if any(isinstance(text, list) for text in texts):
+        name, *texts = _chat(*texts, where, tokenizer)
+    elif layout.prompt is None:                  # it is what the responses share
+        shared = os.path.commonprefix([text or "" for text in texts[1:]])
+        if ASSISTANT not in shared:
+            return "prompts of a pair differ", "", "", "", ""
+        end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+        name, *texts = shared[:end], shared[:end], *(text[end:] for text in texts[1:])
+    if not name or not re.sub(r"\b(Human|Assistant):", "", name).strip():
+        return "no prompt" if texts else "prompts of a pair differ", "", "", "", ""
+    prompt, *answers = [text or "" for text in texts[:NEEDED[phase]]]
+    reason = "used"
+    if not all(answer.strip() for answer in answers):
+        reason = "no response"
+    elif len(set(answers)) < len(answers):
+        reason = "identical pair"
+    elif sum(map(len, (prompt, *answers))) > 1_000_000:
+        reason = "over a million characters"
+    return (reason, name, prompt, *answers, "", "")[:5]
+
+
+def _fill(template, row, where):
+    """A layout's template -> text, messages, or None where a value is missing."""
+    filled = ""
+    for literal, column, _, _ in string.Formatter().parse(template or ""):
+        filled += literal
+        if column:
+            try:
+                value = string.Formatter().get_field(column, (), row)[0]
+            except KeyError:
+                raise InputError(f"{where}: column {column} is missing (found: {', '.join(row)})")
+            except (IndexError, TypeError):                    # no answers at all
+                value = None
+            if not value or isinstance(value, list):
+                return value if template == f"{{{column}}}" else None
+            if not isinstance(value, str):
+                raise InputError(f"{where}: column {column} has type {type(value).__name__}, but "
+                                 f"must be text")
+            if not value.isascii() and re.search("[\ud800-\udfff]", value):
+                raise InputError(f"{where}: column {column} holds half a surrogate pair: repair it")
+            filled += value
+    return filled
+
+
+def _chat(prompt, chosen, rejected, where, tokenizer):
+    """Messages -> the prompt in Human/Assistant words; prompt, chosen, rejected by the tokenizer's
+    chat template, if it has one.  Of a pair whose prompts differ, only an empty name."""
+    before, talks = prompt if isinstance(prompt, list) else [], []
+    for answer in (chosen, rejected):
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}] if answer else []
+        talks.append(answer if not answer or answer[:len(before)] == before else before + answer)
+    for message in sum(talks, before):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str)):
+            raise InputError(f"{where}: a message must be an object with texts role and content, "
+                             f"not {str(message)[:80]}")
+    contexts = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks if talk]
+    context = (contexts or [before])[0]
+    if contexts and context != contexts[-1]:
+        return [""]
+    names = {"user": HUMAN, "assistant": ASSISTANT}
+    plain = lambda talk: "".join(f"{names.get(m['role'], '')} {m['content']}" for m in talk)
+    if not context or not context[-1]["content"].strip():
+        return "", "", "", ""
+    name = start = plain(context) + ASSISTANT
+    texts = [plain(talk).removeprefix(start) if len(talk) > len(context) else "" for talk in talks]
+    if tokenizer.chat_template:
+        write = partial(tokenizer.apply_chat_template, tokenize=False)
+        try:
+            start = write(context, add_generation_prompt=True)
+            texts = [text and write(talk).removeprefix(start) for text, talk in zip(texts, talks)]
+        except Exception as error:                            # the template's own
+            raise InputError(f"{where}: the chat template refuses it: {error}") from error
+        texts = [text.rstrip().removesuffix(tokenizer.eos_token).rstrip() for text in texts]
+        if tokenizer.bos_token_id in tokenizer("")["input_ids"]:      # it adds the template's bos
+            start = start.removeprefix(tokenizer.bos_token)
+    return name, start, *texts
+
+
+def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=False):
+    """Columns of texts -> columns of ids, with their length and whether something was cut off.
+
+    A response is tokenised behind its prompt, so that no tokenizer invents a space between them,
+    and ends with eos, also when cut.  Prompts over max_prompt tokens are left out; a long one loses
+    its beginning, but not its bos.  With train_on_prompt only a row's first token is its prompt."""
+    eos, rows = tokenizer.eos_token_id, defaultdict(list)
+    end = -1 if tokenizer("a")["input_ids"][1:][-1:] == [eos] else None      # some add an eos
+    def ids_of(texts):
+        return [ids[:end] for ids in tokenizer(texts)["input_ids"]]
+    def responses(column):
+        whole = ids_of([p + r for p, r in zip(texts["prompt"], column)]) if any(column) else prompts
+        for prompt, both, text in zip(prompts, whole, column):
+            if both[:len(prompt)] != prompt:                  # a token spans the border
+                both = prompt + tokenizer(text, add_special_tokens=False)["input_ids"]
+            yield both[len(prompt):] + [eos] if text else []
+    prompts = ids_of(texts["prompt"])
+    columns = zip(prompts, responses(texts["chosen"]), responses(texts["rejected"]))
+    for i, (prompt, *answers) in enumerate(columns):
+        if max_prompt is not None and len(prompt) > max_prompt:
+            continue
+        length = len(prompt) + max(map(len, answers))
+        answers = [a if len(a) < max_seq_len else a[:max_seq_len - 2] + [eos] for a in answers]
+        room = max_seq_len - max(map(len, answers))
+        if len(prompt) > room > 1 and prompt[0] == tokenizer.bos_token_id:
+            prompt = prompt[:1] + prompt[1 - room:]
+        prompt = prompt[-room:]
+        if train_on_prompt:
+            prompt, answers[0] = prompt[:1], prompt[1:] + answers[0]
+        kept = len(prompt) + max(map(len, answers))
+        row = {**{name: texts[name][i] for name in texts}, "prompt": prompt, "chosen": answers[0],
+               "rejected": answers[1], "length": kept, "cut": kept < length}
+        for name, value in row.items():
+            rows[name].append(value)
+    return rows
