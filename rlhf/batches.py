@@ -53,8 +53,7 @@ def eval_batches(rows, collate, batch_size):
 def collate(tokenizer, rows, responses=("chosen",)):
     """Rows of ids -> a batch (see models.py); of two responses: all chosen, then all rejected."""
     prompts = [row["prompt"] for row in rows] * max(1, len(responses))
-    batch = dict(zip(("prompt_ids", "prompt_mask"),
-                     pad(prompts, tokenizer.pad_token_id, left=True)))
+    batch = dict(zip(("prompt_ids", "prompt_mask"), pad(prompts, tokenizer.pad_token_id, True)))
     if responses:
         texts = [row[name] for name in responses for row in rows]
         batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))

@@ -202,9 +202,7 @@ def _apart(model, position_ids):
 
 
 def _from_pretrained(kind, path, dtype, missing=(), unexpected=(), **kwargs):
-    """Strict loading, but for weights whose names start with one of the prefixes.
-
-    -> the model, and whether any weight was missing."""
+    """Strict loading, but for weights of these prefixes -> the model, was any weight missing?"""
     config = opened(AutoConfig.from_pretrained, path, "the configuration of", **kwargs)
     model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=dtype,
                            output_loading_info=True, ignore_mismatched_sizes=True)
