@@ -35,8 +35,7 @@ else
     evaluation="--best_of 4 16 --batch_size 32"
 fi
 
-# Where there is no GPU, DeepSpeed would say so at every start.
-command -v nvidia-smi rocm-smi > /dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+command -v nvidia-smi rocm-smi > /dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}  # quiet
 launch() {
     deepspeed --quiet --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}" "$@"
 }

@@ -1,5 +1,4 @@
-"""Step 3, PPO: raise the reward model's score of the policy's own responses, at a price for leaving
-the reference.
+"""Step 3, PPO: raise the score of the policy's own responses, at a price for leaving the reference.
 
     python train_sft.py && python train_rm.py && python train_ppo.py         # the embedded world
     deepspeed --num_gpus 8 train_ppo.py --actor_model_name_or_path output/sft \\
@@ -51,8 +50,7 @@ def parse():
     add("--kl_coef", type=non_negative, default=0.1, help="price of the KL [DSC, constant]")
     add("--kl_estimator", choices=("k1", "k2", "k3"), default="k1", help="[DSC, constant]")
     add("--clip_reward", type=positive, default=5.0, help="of the score [DSC, constant]")
-    add("--missing_eos_penalty", type=non_negative, default=0.0,
-        help="off the score of a response cut at the maximum length [ours: DSC has none]")
+    add("--missing_eos_penalty", type=non_negative, default=0.0, help="if cut [ours: DSC has none]")
     add("--gamma", type=fraction, default=1.0, help="discount [DSC, constant]")
     add("--lam", type=fraction, default=0.95, help="GAE's lambda [GAE]")
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
@@ -97,9 +95,7 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
         batch["score"] = models.sequence_scores(reward_model, batch)                        # (B,)
     batch = models.stack(batches, tokenizer.pad_token_id)
-    mask, logp, ref_logp, values = (
-        batch[name] for name in ("mask", "old_logp", "ref_logp", "old_values"))
-
+    mask, logp, ref_logp, values = map(batch.get, ("mask", "old_logp", "ref_logp", "old_values"))
     ended = finished(batch, tokenizer.eos_token_id)
     # Clipped here, because the penalty must not be lost in the clip.
     score = batch["score"].clamp(-args.clip_reward, args.clip_reward)

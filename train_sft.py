@@ -28,6 +28,8 @@ def parse():
     flags.add_training(parser, learning_rate=1e-3)
     flags.add_run(parser, "output/sft")
     args = parser.parse_args()
+    if args.sft_only_data_path and args.data_path is parser.get_default("data_path"):
+        args.data_path = []
     if args.packing and args.group_by_length:
         parser.error("--packing leaves no padding for --group_by_length to save: choose one")
     return args

@@ -1,10 +1,10 @@
-"""Flags shared by the scripts.  Names and defaults are DeepSpeed-Chat's.
-
-A help text ends with the source of its default: [DSC] DeepSpeed-Chat's flag or script, [IGPT]
-InstructGPT (arXiv:2203.02155), [PPO] arXiv:1707.06347, [GAE] arXiv:1506.02438, [ours: why]."""
+"""Flags shared by the scripts.  A help text ends with the source of its default: [DSC]
+DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] arXiv:1707.06347,
+[GAE] arXiv:1506.02438, [ours: why]."""
 import argparse
 import os
 import sys
+import tempfile
 import time
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
@@ -68,16 +68,16 @@ def opened(function, path, what, *rest, **kwargs):
         if "scripts are no longer supported" in reason:
             reason = (f"its script is no longer run; convert it once: pip install 'datasets<4', "
                       f"load_dataset('{path}', trust_remote_code=True).save_to_disk('folder'), and "
-                      f"give the folder")
+                      f"give that folder, named like the data set")
         where = "" if local else " (there is no such folder, so it was sought on the hub)"
         raise InputError(f"cannot load {what} {path}{where}: {reason}") from error
 
 
 def run(main):
-    """Call a script's main(); an InputError ends it with one sentence and exit code 1."""
+    """Call a script's main(); bad input ends it with one sentence and exit code 1."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:                # an OSError names its file
         leave(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 
@@ -119,7 +119,7 @@ def add_data(parser):
         help="where tokenised data is cached [ours: /tmp belongs to everyone]")
     add("--eval_fraction", type=open_fraction, default=0.1, help="of data without test rows [ours]")
     add("--dedup_prompts", action=argparse.BooleanOptionalAction, default=True,
-        help="a prompt is in one step only, never held out too; no row twice [ours: no leaks]")
+        help="a data set's prompt is in one step only, none held out too; no row twice [ours]")
     add("--end_of_conversation_token", help="ends every response [ours: the tokenizer's eos]")
     add("--add_eot_token", action="store_true", help="it is new: embeddings get a row [DSC]")
     add("--preprocessing_num_workers", type=positive_int, default=min(8, os.cpu_count() or 1),
@@ -184,11 +184,8 @@ def check_made(path, script, flag):
 
 def check_writable(path, flag="--output_dir"):
     """Create the folder; InputError, before anything is computed, if it cannot be written to."""
-    probe = os.path.join(path, f".probe-{os.getpid()}")
     try:
         os.makedirs(path, exist_ok=True)
-        with open(probe, "w"):
-            pass
-        os.remove(probe)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(f"cannot write to {flag} {path}: {error.strerror}") from error

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from datasets import load_from_disk
 
-from rlhf import cache, engine, files
+from rlhf import cache, engine, files, render
 from rlhf.args import InputError
 
 
@@ -14,8 +14,8 @@ def steps_per_epoch(units, batch_size, accumulation, flag):
     """Optimizer steps in one pass.  InputError when the rows do not fill a single one."""
     span = batch_size * accumulation * engine.world_size()
     if len(units) < span:
-        raise InputError(f"{len(units)} training rows do not fill one step of {span} (batch x "
-                         f"accumulation x ranks): lower {flag} or add data")
+        raise InputError(f"{len(units)} training rows (or packs of them) do not fill one step of "
+                         f"{span} (batch x accumulation x ranks): lower {flag} or add data")
     return len(units) // span
 
 
@@ -23,8 +23,8 @@ def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_le
     """Yields (step, list of micro-batches) for step 1..total; a unit is a row, or a pack of rows.
 
     Over the ranks a step covers the same units however it is cut.  Every epoch has its own order
-    and leaves out another tail, that fills no step.  With by_length a step's rows are alike in
-    length: sorted within stretches of 50 steps, whose steps then go in random order."""
+    and leaves out another tail, that fills no step.  With by_length a step's rows, sorted within
+    stretches of 50 steps, are alike in length; the steps then go in random order."""
     world = engine.world_size()
     span, step = batch_size * accumulation * world, 0
     lengths = torch.as_tensor(units.with_format("numpy")["length"][:]) if by_length else None
@@ -72,9 +72,8 @@ def pad(sequences, fill, left=False):
 
 
 class Packs:
-    """Rows -> a sequence of lists of rows that fit into `room` tokens together.
-
-    Best fit, longest row first: each goes where the least room remains."""
+    """Rows -> a sequence of lists of rows that fit into `room` tokens together, by best fit: the
+    longest row first, each where the least room remains."""
 
     def __init__(self, rows, room):
         lengths = rows.with_format("numpy")["length"][:]
@@ -125,9 +124,7 @@ def text_stream(args, tokenizer):
     identity = [cache.fingerprint(path), length, args.seed]
     packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
     cut = (args.per_device_training_batch_size, 1)
-    if len(packs) < cut[0] * engine.world_size():
-        raise InputError(f"--unsupervised_dataset_name {path}: its text fills {len(packs)} rows of "
-                         f"{length} tokens, fewer than one batch on every rank")
+    steps_per_epoch(packs, *cut, "--per_device_training_batch_size")
     to_batch = partial(collate_packs, tokenizer)
     steps = optimizer_steps(packs, to_batch, *cut, args.seed, 1 << 62)
     return (micro_batch for _, [micro_batch] in steps)
@@ -135,7 +132,7 @@ def text_stream(args, tokenizer):
 
 def _build_texts(path, length, args, tokenizer, folder):
     def blocks(texts):
-        ids = [i + [tokenizer.eos_token_id] for i in tokenizer(texts["text"])["input_ids"]]
+        ids = [i + [tokenizer.eos_token_id] for i in render.ids_of(tokenizer, texts["text"])]
         cut = [text[i:i + length] for text in ids for i in range(0, len(text) - 1, length)]
         return {"prompt": [block[:1] for block in cut], "chosen": [block[1:] for block in cut],
                 "length": [len(block) for block in cut]}

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import shutil
-import socket
+import uuid
 from itertools import chain
 
 import torch
@@ -12,23 +12,21 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from rlhf import engine, files, render, toy
-from rlhf.args import InputError
+from rlhf.args import check_writable
 
 
 def cached(args, tokenizer, identity, build):
-    """The folder that build(folder), a partial, fills; named by the SHA-256 of all that determines
-    it: `identity`, the tokenizer, and the code.
-
-    It appears whole or not at all.  Where it is missing, each node's first rank builds it."""
+    """The folder that build(folder), a partial, fills, whole or not at all; named by the SHA-256 of
+    all that determines it.  Where it is missing, each node's first rank builds it."""
     fast = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    modules = (files, render, toy, inspect.getmodule(build.func))
-    code = [inspect.getsource(module) for module in modules]
-    everything = [identity, fast, tokenizer.eos_token, tokenizer.chat_template, code]
-    name = hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+    code = [inspect.getsource(m) for m in (files, render, toy, inspect.getmodule(build.func))]
+    everything = [identity, fast, tokenizer.special_tokens_map, tokenizer.chat_template, code]
+    name = hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()
     folder = os.path.join(args.data_output_path, name)
-    temporary = f"{folder}.{socket.gethostname()}.{os.getpid()}"
+    temporary = f"{folder}.{uuid.uuid4().hex}"
 
     def build_whole():
+        check_writable(args.data_output_path, "--data_output_path")
         try:
             build(temporary)
             shutil.rmtree(os.path.join(temporary, "work"), ignore_errors=True)
@@ -49,7 +47,7 @@ def fingerprint(path):
     names = [path] if os.path.isfile(path) else sorted(
         os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     return path, [(os.path.abspath(name), os.stat(name).st_size, os.stat(name).st_mtime_ns)
-                  for name in names]
+                  for name in names if os.path.exists(name)]
 
 
 def collect(rows, cache_dir, **kinds):
@@ -61,7 +59,7 @@ def collect(rows, cache_dir, **kinds):
         return Dataset.from_generator(lambda: chain([first], rows), features, cache_dir,
                                       fingerprint="rows")    # it could not hash an open file
     except DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, InputError) else error
+        raise error.__cause__ or error
 
 
 def tokenised(texts, function, args, **kinds):

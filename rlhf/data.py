@@ -20,8 +20,8 @@ from rlhf.log import say
 
 
 class Layout(NamedTuple):
-    """How a row's columns become text.  "{a[b][0]}" is the value at that place; a value may be text
-    or a list of messages.  No prompt: it is what comes before the last answer."""
+    """How a row's columns, each a text or a list of messages, become text; "{a[b][0]}" goes into
+    one.  No prompt: it is what comes before the last answer."""
     prompt: str | None
     chosen: str | None = None          # the better response, or the only one
     rejected: str | None = None
@@ -31,13 +31,13 @@ class Layout(NamedTuple):
 
 def _alpaca(row):
     about = row.get("input", row.get("context"))
-    return {**row, "instruction": f"{row['instruction']}\n\n{about}"} if about else row
+    return {**row, "instruction": (row["instruction"] or "") + "\n\n" + about} if about else row
 
 
 def _webgpt(row):
     """The better answer first, without its citations."""
     columns = ("answer_0", "answer_1")[::1 if row["score_0"] > row["score_1"] else -1]
-    best, worst = (re.sub(r"\s*[\[(]\d+(?:,\s*\d+)*[\])]", "", row[c] or "") for c in columns)
+    best, worst = (re.sub(r"\s*[\[(]\d\d?(, ?\d\d?)*[\])]", "", row[c] or "") for c in columns)
     better = {**row, "answer_0": best, "answer_1": worst}
     return "tie" if row["score_0"] == row["score_1"] else better
 
@@ -62,12 +62,12 @@ ask = (render.HUMAN + " {{{}}}" + render.ASSISTANT).format                # a co
 
 # A data set is known by its hub id, else row by row by its columns: the layout that uses most.
 DATASETS = {
-    "prompt, chosen, rejected": Layout("{prompt}", "{chosen}", "{rejected}"),
-    "with a demonstration": Layout("{prompt}", "{chosen}", "{rejected}", "{response}"),
-    "prompt, response": Layout("{prompt}", "{response}"),
-    "prompt, completion": Layout("{prompt}", "{completion}"),
-    "prompt": Layout("{prompt}"),
-    "messages": Layout(None, "{messages}"),
+    "columns prompt, chosen, rejected": Layout("{prompt}", "{chosen}", "{rejected}"),
+    "columns with a demonstration": Layout("{prompt}", "{chosen}", "{rejected}", "{response}"),
+    "columns prompt, response": Layout("{prompt}", "{response}"),
+    "columns prompt, completion": Layout("{prompt}", "{completion}"),
+    "columns messages": Layout(None, "{messages}"),
+    "columns prompt": Layout("{prompt}"),
     "Dahoas/rm-static": Layout("{prompt}", "{chosen}", "{rejected}"),
     "Dahoas/full-hh-rlhf": Layout("{prompt}", "{chosen}", "{rejected}"),
     "Dahoas/synthetic-instruct-gptj-pairwise": Layout(ask("prompt"), " {chosen}", " {rejected}"),
@@ -92,17 +92,19 @@ DATASETS = {
     "tatsu-lab/alpaca": Layout(ask("instruction"), " {output}", fix=_alpaca),
     "databricks/databricks-dolly-15k": Layout(ask("instruction"), " {response}", fix=_alpaca),
 }
-# Tokenised rows: length is that of the longer sequence; cut: whether it lost tokens; key: a hash of
-# the prompt's text; bayes: the embedded world's probability that chosen is preferred.
+# Tokenised rows.  length: of the longer sequence; cut: whether it lost tokens; key, twin: hashes of
+# the prompt's text, of all; bayes: the embedded world's probability that chosen is preferred.
 COLUMNS = {"prompt": "ids", "chosen": "ids", "rejected": "ids", "length": "int32", "cut": "bool",
-           "key": "int64", "bayes": "float64"}
+           "key": "int64", "twin": "int64", "bayes": "float64"}
 ALIASES = {"mkqa-Chinese": "mkqa", "mkqa-Japanese": "mkqa", "local/jsonfile": "data"}    # DSC's
 
 
 def layout_of(path, row, where):
     """The Layout of a data set, or of a row by its columns."""
-    if path in DATASETS:
-        return DATASETS[path]
+    parts = os.path.normpath(path.partition(":")[0]).split(os.sep)       # the folder of a copy, too
+    for name in ("/".join(parts[-2:]), parts[-1]):
+        if name in DATASETS:
+            return DATASETS[name]
     needs = lambda layout: {column for template in layout[:4]
                             for column in re.findall(r"{(\w+)", template or "")}
     known = [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]
@@ -116,10 +118,10 @@ def load(args, tokenizer, phase, max_prompt=None):
     """One phase's rows of all --data_path -> training rows, held-out rows: Datasets with COLUMNS.
 
     Without prompts of more than max_prompt tokens.  InputError for what cannot be read or used."""
-    flags.check_writable(args.data_output_path, "--data_output_path")
     shares = np.cumsum([0.0, *split_shares(args.data_split)])[phase - 1:phase + 1].tolist()
     sources = [(path, shares) for path in args.data_path]
-    sources += [(path, [0.0, 1.0]) for path in getattr(args, "sft_only_data_path", [])]
+    if phase == 1:
+        sources += [(path, [0.0, 1.0]) for path in getattr(args, "sft_only_data_path", [])]
     parts = []
     for name, share in sources:
         path = ALIASES.get(name, name)
@@ -135,11 +137,18 @@ def load(args, tokenizer, phase, max_prompt=None):
         parts.append(load_from_disk(folder))
     train, held_out = (concatenate_datasets([part[split] for part in parts])
                        for split in ("train", "held_out"))
-    keys, held_keys = (rows.with_format("numpy")["key"][:] for rows in (train, held_out))
-    if (shared := np.isin(keys, held_keys)).any():
-        say(f"{shared.sum()} training rows left out: their prompts are held out")
-        train = train.select(np.flatnonzero(~shared))
-    return train, held_out.select(np.argsort(held_keys, kind="stable")[:args.max_eval_rows])
+    if args.dedup_prompts:
+        columns, first = train.with_format("numpy"), np.full(len(train), False)
+        first[np.unique(columns["twin"][:], return_index=True)[1]] = True
+        shared = np.isin(columns["key"][:], held_out.with_format("numpy")["key"][:])
+        if not (first & ~shared).all():
+            say(f"left out of training: {(~first).sum()} repeated rows, {shared.sum()} with "
+                f"held-out prompts")
+            train = train.select(np.flatnonzero(first & ~shared))
+    if not train:
+        raise InputError("no training rows are left: hold out others, or --no-dedup_prompts")
+    order = np.random.default_rng(args.seed).permutation(len(held_out))
+    return train, held_out.select(order[:args.max_eval_rows])
 
 
 def _build(name, path, share, phase, args, tokenizer, settings, folder):
@@ -160,16 +169,13 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
               "held_out": (held_out, np.full(len(held_out), True)) if held_out
               else (train, (cut <= place) & (keys != 0))}
     for split, (texts, mine) in chosen.items():
-        reasons, twins = (texts.with_format("numpy")[name][:] for name in ("reason", "twin"))
+        reasons = texts.with_format("numpy")["reason"][:]
         counts = Counter(render.REASONS[reason] for reason in reasons[mine])
         rows = np.flatnonzero(mine & (reasons == 0))
-        if args.dedup_prompts:
-            rows = rows[np.sort(np.unique(twins[rows], return_index=True)[1])]
-        counts["repeated"] = counts["used"] - len(rows)
-        texts = texts.select(rows).remove_columns(["twin", "reason"])
+        texts = texts.select(rows).remove_columns("reason")
         function = partial(render.tokenise, tokenizer, **settings)
         saved[split] = cache.tokenised(texts, function, args, **COLUMNS)
-        counts["prompt too long"] = len(rows) - len(saved[split])
+        counts["prompt of too many tokens, or of none"] = len(rows) - len(saved[split])
         del counts["used"]
         lost = ", ".join(f"{n} {reason}" for reason, n in (+counts).items())
         report.append(f"{name}, step {phase}, {split} rows: {len(saved[split])} of {mine.sum()} "
@@ -182,9 +188,8 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
 
 
 def _texts(stream, name, phase, args, tokenizer, cache_dir):
-    """A stream of raw rows -> Dataset of texts, hashes of prompt and row, and why to drop it.
-
-    All rows are rendered, so that a bad one stops every step and not just the one it falls to."""
+    """A stream of raw rows -> Dataset of texts, hashes, why to drop a row.  All are rendered, so
+    that a bad row stops every step and not just the one it falls to."""
     layouts = {}
     def number(*texts):
         digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
@@ -195,6 +200,8 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
             if columns not in layouts:
                 layouts[columns] = layout_of(name, row, where)
             reason, prompt, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
+            if re.search("[\ud800-\udfff]", "".join((prompt, *texts))):
+                raise InputError(f"{where}: a text holds half a surrogate pair: repair it")
             key = number(str(args.seed), prompt if args.dedup_prompts else where)
             yield {**dict(zip(("prompt", "chosen", "rejected"), texts)),
                    "reason": render.REASONS.index(reason), "key": key if prompt else 0,
@@ -226,10 +233,7 @@ def inspect_data():
         lengths = [len(ids) for ids in rows[name]]
         shown = (np.mean(lengths), *np.percentile(lengths, quantiles))
         print(f"{name:>8}" + "".join(f"{value:8.0f}" for value in shown))
-    special = set(tokenizer.all_special_ids)
-    odd = np.mean([bool(special & {i for name in names for i in row[name][name == "prompt":-1]})
-                   for row in rows])
-    print(f"cut off: {np.mean(rows['cut']):.1%} of rows; special tokens inside the text: {odd:.1%}")
+    print(f"cut off: {np.mean(rows['cut']):.1%} of rows")
     for row in rows.select(range(min(3, len(rows)))):
         print(f"\n{tokenizer.decode(row['prompt'])}")
         for name in names[1:]:

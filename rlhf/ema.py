@@ -7,8 +7,7 @@ import torch
 class EMA:
     """An fp32 shadow of this rank's trained parameters (its shard under ZeRO-3), to be updated
     once an optimizer step."""
-    # differs: DeepSpeed-Chat's has the model's dtype, where bf16 loses most of the movement, moves
-    # every micro-batch, and under ZeRO-3 is never written back
+    # differs: DeepSpeed-Chat's is in the model's dtype, every micro-batch, and lost under ZeRO-3
 
     def __init__(self, module, decay=0.992):
         self.decay = decay

@@ -96,8 +96,7 @@ def train_engine(model, args, learning_rate, weight_decay, zero_stage, micro_bat
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
               "gradient_clipping": args.max_grad_norm, "steps_per_print": 1 << 31,
               "zero_optimization": {"stage": zero_stage},
-              "bf16": {"enabled": dtype == torch.bfloat16},
-              "fp16": {"enabled": dtype == torch.float16}}
+              **{name: {"enabled": dtype == DTYPES[name]} for name in ("bf16", "fp16")}}
     if args.enable_tensorboard:
         path = args.tensorboard_path or os.path.join(args.output_dir, "tensorboard")
         config["tensorboard"] = {"enabled": True, "output_path": path, "job_name": ""}

@@ -3,8 +3,8 @@
     python -m rlhf.evaluate --models sft=output/sft ppo=output/ppo/actor ema=output/ppo/actor_ema \\
         --reward_model output/rm --best_of 4 16 64
 
-The first model is the baseline of win rates, KL and best-of-n.  Prints a table and leaves
-evaluation.json and evaluation.md.  On the toy world the true reward is known, and shown."""
+The first model is the baseline of win rates, KL and best-of-n.  On the toy world the true reward is
+known, and shown."""
 import math
 import os
 from functools import partial
@@ -88,8 +88,7 @@ def truth(prompts, responses):
 
 def table(rows):
     """{model: metrics} -> a Markdown table."""
-    known = set().union(*rows.values())
-    shown = {name: title for name, title in COLUMNS.items() if name in known}
+    shown = {name: COLUMNS[name] for name in COLUMNS if any(name in row for row in rows.values())}
     def cell(row, name):
         ci = f" ± {row[f'{name}_ci']:.2f}" if f"{name}_ci" in row else ""
         return f"{row[name]:.2f}{ci}" if name in row else ""

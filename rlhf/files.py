@@ -4,6 +4,7 @@ All are streams of (row, where): a dict, and the place to name when something is
 import gzip
 import json
 import os
+import re
 import zlib
 from itertools import chain
 
@@ -34,7 +35,7 @@ def read(path, seed):
     else:
         streams = {n: _file(os.path.join(path, n)) for n in names if n.endswith(SUFFIXES)}
     groups = [next((group for like in (str.__eq__, str.startswith) for kind in kinds
-                    if (group := [n for n in streams if like(n.split(".")[0], kind)])), [])
+                    if (group := [n for n in streams if like(n, kind)])), [])
               for kinds in (("train",), HELD_OUT)]
     if not groups[0]:
         raise InputError(f"{path}: no train.jsonl or the like and no train split in it (found: "
@@ -72,10 +73,11 @@ def _file(path):
     where = path
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            array = file.read(1000).lstrip()[:1] == b"["
+            array = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
             file.seek(0)
             if path.endswith((".txt", ".txt.gz")):
-                rows = [json.dumps({"text": text}) for text in file.read().decode().split("\n\n")]
+                texts = re.split(r"\r?\n\s*\n", file.read().decode())
+                array, rows = True, [{"text": text} for text in texts]
             else:
                 rows = json.load(file) if array else file
             for number, row in enumerate(rows, 1):

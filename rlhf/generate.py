@@ -8,8 +8,8 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
 
     Returns them with `response_ids` and `mask` (B, R), R the longest response drawn.  The mask ends
-    with the first end-of-sequence token, included; padding follows.  Always samples: an argmax is
-    no draw from the policy, and PPO's importance ratio would mean nothing."""
+    with the first end-of-sequence token, included.  Always samples: of an argmax PPO's importance
+    ratio would mean nothing."""
     ids = model.generation_config
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id,

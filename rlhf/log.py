@@ -31,8 +31,7 @@ class Log:
             self.bar = tqdm(total=total_steps, dynamic_ncols=True, disable=None)
 
     def step(self, step, metrics):
-        """Record step number `step`; its time is that since the last record.  tokens_total and
-        flops_total become tokens_per_second and tflops (of each rank)."""
+        """Record a step.  Its tokens_total and flops_total become tokens_per_second and tflops."""
         if engine.rank() == 0:
             metrics["seconds"] = seconds = time.perf_counter() - self.clock
             metrics["tokens_per_second"] = metrics.pop("tokens_total") / seconds
@@ -62,8 +61,7 @@ class Log:
 
     def close(self):
         if engine.rank() == 0:
-            self.bar.close()
-            for file in self.files.values():
+            for file in (self.bar, *self.files.values()):
                 file.close()
 
     def _record(self, step, metrics, prefix):

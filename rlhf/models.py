@@ -25,6 +25,8 @@ def load_tokenizer(path, args=None):
     miss the eos.  InputError where there is no tokenizer, no eos, or that token is none to it."""
     tokenizer = toy.tokenizer() if path == "toy" else \
         opened(AutoTokenizer.from_pretrained, path, "the tokenizer of")
+    if args and args.add_eot_token and not args.end_of_conversation_token:
+        raise InputError("--add_eot_token adds the --end_of_conversation_token: name it")
     if args and args.end_of_conversation_token:
         if not args.add_eot_token and args.end_of_conversation_token not in tokenizer.get_vocab():
             raise InputError(f"--end_of_conversation_token {args.end_of_conversation_token} is no "
@@ -68,9 +70,7 @@ def load_scalar(path, tokenizer, dtype=torch.float32, new_head=False):
                          f"can be no reward model: use a decoder-only language model")
     if fresh:                                   # Stiennon et al. 2020: scores start with variance 1
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    head = Fp32Linear(model.score.in_features, 1, bias=model.score.bias is not None, dtype=dtype)
-    head.load_state_dict(model.score.state_dict())
-    model.score = head
+    model.score.__class__ = Fp32Linear
     return ScalarModel(_fit_tokenizer(model, tokenizer))
 
 
@@ -209,9 +209,8 @@ def _from_pretrained(kind, path, dtype, missing=(), unexpected=(), **kwargs):
     for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
         names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
         if names:
-            hint = " (it is no reward model: train one with train_rm.py)"
-            raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first"
-                             f"{hint if 'score.weight' in names else ''}")
+            hint = " (it is no reward model: see train_rm.py)" if "score.weight" in names else ""
+            raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first{hint}")
     for name, found, wanted in report["mismatched_keys"]:
         raise InputError(f"{path}: weight {name} has shape {tuple(found)}, but its config.json "
                          f"asks for {tuple(wanted)}")

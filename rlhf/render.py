@@ -37,9 +37,12 @@ def render(row, where, layout, phase, tokenizer):
     elif layout.prompt is None:                  # it is what the responses share
         shared = os.path.commonprefix([text or "" for text in texts[1:]])
         if ASSISTANT not in shared:
-            return "prompts of a pair differ", "", "", "", ""
+            whole = texts[1] and (texts[2] or not layout.rejected)
+            return "prompts of a pair differ" if whole else "no response", "", "", "", ""
         end = shared.rfind(ASSISTANT) + len(ASSISTANT)
         name, *texts = shared[:end], shared[:end], *(text[end:] for text in texts[1:])
+        if any(HUMAN in text for text in texts[1:]):
+            return "prompts of a pair differ", "", "", "", ""
     if not name or not re.sub(r"\b(Human|Assistant):", "", name).strip():
         return "no prompt" if texts else "prompts of a pair differ", "", "", "", ""
     prompt, *answers = [text or "" for text in texts[:NEEDED[phase]]]
@@ -49,7 +52,7 @@ def render(row, where, layout, phase, tokenizer):
     elif len(set(answers)) < len(answers):
         reason = "identical pair"
     elif sum(map(len, (prompt, *answers))) > 1_000_000:
-        reason = "over a million characters"
+        return "over a million characters", name, "", "", ""
     return (reason, name, prompt, *answers, "", "")[:5]
 
 
@@ -65,13 +68,11 @@ def _fill(template, row, where):
                 raise InputError(f"{where}: column {column} is missing (found: {', '.join(row)})")
             except (IndexError, TypeError):                    # no answers at all
                 value = None
-            if not value or isinstance(value, list):
+            if value in (None, "") or isinstance(value, list):
                 return value if template == f"{{{column}}}" else None
             if not isinstance(value, str):
                 raise InputError(f"{where}: column {column} has type {type(value).__name__}, but "
                                  f"must be text")
-            if not value.isascii() and re.search("[\ud800-\udfff]", value):
-                raise InputError(f"{where}: column {column} holds half a surrogate pair: repair it")
             filled += value
     return filled
 
@@ -81,12 +82,13 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
     chat template, if it has one.  Of a pair whose prompts differ, only an empty name."""
     before, talks = prompt if isinstance(prompt, list) else [], []
     for answer in (chosen, rejected):
-        if isinstance(answer, str):
-            answer = [{"role": "assistant", "content": answer}] if answer else []
-        talks.append(answer if not answer or answer[:len(before)] == before else before + answer)
+        if isinstance(answer, str) and answer:
+            answer = [{"role": "assistant", "content": answer}]
+        answer = answer or []
+        talks.append(answer if answer[:len(before)] == before else before + answer)
     for message in sum(talks, before):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str)
-                and isinstance(message.get("content"), str)):
+        if not isinstance(message, dict) or \
+                {type(message.get(part)) for part in ("role", "content")} != {str}:
             raise InputError(f"{where}: a message must be an object with texts role and content, "
                              f"not {str(message)[:80]}")
     contexts = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks if talk]
@@ -103,38 +105,48 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
         write = partial(tokenizer.apply_chat_template, tokenize=False)
         try:
             start = write(context, add_generation_prompt=True)
-            texts = [text and write(talk).removeprefix(start) for text, talk in zip(texts, talks)]
+            whole = [text and write(talk) for text, talk in zip(texts, talks)]
         except Exception as error:                            # the template's own
             raise InputError(f"{where}: the chat template refuses it: {error}") from error
-        texts = [text.rstrip().removesuffix(tokenizer.eos_token).rstrip() for text in texts]
+        if not all(text.startswith(start) for text in whole if text):
+            raise InputError(f"{where}: the chat template words a prompt otherwise once it is "
+                             f"answered, so that no response can be told apart")
+        texts = [text[len(start):].rstrip().removesuffix(tokenizer.eos_token).rstrip()
+                 for text in whole]
         if tokenizer.bos_token_id in tokenizer("")["input_ids"]:      # it adds the template's bos
             start = start.removeprefix(tokenizer.bos_token)
     return name, start, *texts
+
+
+def ids_of(tokenizer, texts):
+    """Texts -> lists of ids, without the eos that some tokenizers add."""
+    end = -1 if tokenizer("a")["input_ids"][1:][-1:] == [tokenizer.eos_token_id] else None
+    return [ids[:end] for ids in tokenizer(texts)["input_ids"]]
 
 
 def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=False):
     """Columns of texts -> columns of ids, with their length and whether something was cut off.
 
     A response is tokenised behind its prompt, so that no tokenizer invents a space between them,
-    and ends with eos, also when cut.  Prompts over max_prompt tokens are left out; a long one loses
-    its beginning, but not its bos.  With train_on_prompt only a row's first token is its prompt."""
+    and ends with eos, also when cut.  Of a long row the prompt keeps its end (and bos), half of the
+    tokens if it needs them, and responses lose theirs; prompts over max_prompt tokens, or of none,
+    are left out.  With train_on_prompt only a row's first token is its prompt."""
     eos, rows = tokenizer.eos_token_id, defaultdict(list)
-    end = -1 if tokenizer("a")["input_ids"][1:][-1:] == [eos] else None      # some add an eos
-    def ids_of(texts):
-        return [ids[:end] for ids in tokenizer(texts)["input_ids"]]
     def responses(column):
-        whole = ids_of([p + r for p, r in zip(texts["prompt"], column)]) if any(column) else prompts
+        both = [prompt + text for prompt, text in zip(texts["prompt"], column)]
+        whole = ids_of(tokenizer, both) if any(column) else prompts
         for prompt, both, text in zip(prompts, whole, column):
             if both[:len(prompt)] != prompt:                  # a token spans the border
                 both = prompt + tokenizer(text, add_special_tokens=False)["input_ids"]
             yield both[len(prompt):] + [eos] if text else []
-    prompts = ids_of(texts["prompt"])
+    prompts = ids_of(tokenizer, texts["prompt"])
     columns = zip(prompts, responses(texts["chosen"]), responses(texts["rejected"]))
     for i, (prompt, *answers) in enumerate(columns):
-        if max_prompt is not None and len(prompt) > max_prompt:
+        if not prompt or (max_prompt is not None and len(prompt) > max_prompt):
             continue
         length = len(prompt) + max(map(len, answers))
-        answers = [a if len(a) < max_seq_len else a[:max_seq_len - 2] + [eos] for a in answers]
+        limit = max_seq_len - min(len(prompt), max_seq_len // 2)
+        answers = [a if len(a) <= limit else a[:limit - 1] + [eos] for a in answers]
         room = max_seq_len - max(map(len, answers))
         if len(prompt) > room > 1 and prompt[0] == tokenizer.bos_token_id:
             prompt = prompt[:1] + prompt[1 - room:]

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from rlhf import batches, engine, models
@@ -73,11 +74,12 @@ def test_grouping_by_length_keeps_an_epochs_rows_and_saves_padding(monkeypatch):
 
     (plain, wasteful, _), (grouped, tight, means) = epoch(False), epoch(True)
     assert plain == grouped and wasteful < 0.75 and tight > 0.95
-    assert means != sorted(means) and means != sorted(means)[::-1]  # steps come in random order
+    falls = sum(a > b for a, b in zip(means, means[1:]))
+    assert 15 < falls < 46  # of 61: the steps come in random order
 
 
 def test_too_few_rows_for_a_step():
-    with pytest.raises(InputError, match="5 training rows do not fill one step of 8"):
+    with pytest.raises(InputError, match="5 training rows .* do not fill one step of 8"):
         batches.steps_per_epoch(range(5), 4, 2, "--per_device_train_batch_size")
 
 
@@ -152,7 +154,7 @@ def test_a_model_that_attends_across_packed_sequences_is_refused():
 
 def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
     texts = [" ".join(f"w{i}" for i in range(n)) for n in (3, 5, 25, 1, 9)] * 20
-    (tmp_path / "text.txt").write_text("\n\n".join(texts) + "\n\n \n\n")
+    (tmp_path / "text.txt").write_bytes(("\r\n\r\n".join(texts) + "\n\n \n\n").encode())
     args = argparse.Namespace(
         unsupervised_dataset_name=str(tmp_path / "text.txt"),
         unsupervised_dataset_config_name=None,
@@ -164,6 +166,11 @@ def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
         data_output_path=str(tmp_path / "cache"),
     )
     tokenizer = make_tokenizer()
+    plain = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>",
+        special_tokens=[("</s>", 2)],  # its own eos must not be a second one
+    )
     stream, found = batches.text_stream(args, tokenizer), []
     for _ in range(16):  # more than an epoch: 48 tokens a round of texts, 60 packs of 16
         batch = next(stream)
@@ -176,6 +183,6 @@ def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
             starts = [i for i, position in enumerate(positions) if position == 0] + [len(row)]
             pieces = [row[a:b] for a, b in zip(starts, starts[1:])]
             found += [tuple(piece) for piece in pieces if piece != [tokenizer.pad_token_id]]
-    whole = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts[:5]]
+    whole = [plain(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts[:5]]
     pieces = {tuple(text[i : i + 16]) for text in whole for i in (0, 16) if text[i:]}
     assert set(found) == pieces and len(pieces) == 6

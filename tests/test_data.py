@@ -12,7 +12,9 @@ import time
 
 import pytest
 from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models as tokenizer_models
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from rlhf import data, files, models, render
 from rlhf.args import InputError
@@ -36,7 +38,7 @@ def pairs(n):
 def rendered(path, row, phase, tokenizer=None):
     layout = data.layout_of(path, row, "here")
     reason, name, *texts = render.render(row, "here", layout, phase, tokenizer or make_tokenizer())
-    assert bool(name) == (reason not in ("no prompt", "tie", "prompts of a pair differ"))
+    assert name or reason != "used"
     return reason, *texts
 
 
@@ -115,12 +117,12 @@ SCHEMAS = {  # data set: a row in its schema, and what it must become
         {"instruction": "x", "context": "", "response": "a", "category": "qa"},
         SINGLE,
     ),
-    "prompt, chosen, rejected": (AB, PAIR),
-    "with a demonstration": ({**AB, "response": " a"}, PAIR),
-    "prompt, response": ({"prompt": "x ", "response": "a"}, ("x ", "a", None)),
-    "prompt, completion": ({"prompt": "x ", "completion": "a"}, ("x ", "a", None)),
-    "messages": ({"messages": SAID["a"]}, SINGLE),
-    "prompt": ({"prompt": "x"}, ("x", None, None)),
+    "columns prompt, chosen, rejected": (AB, PAIR),
+    "columns with a demonstration": ({**AB, "response": " a"}, PAIR),
+    "columns prompt, response": ({"prompt": "x ", "response": "a"}, ("x ", "a", None)),
+    "columns prompt, completion": ({"prompt": "x ", "completion": "a"}, ("x ", "a", None)),
+    "columns messages": ({"messages": SAID["a"]}, SINGLE),
+    "columns prompt": ({"prompt": "x"}, ("x", None, None)),
 }
 NOT_BY_COLUMNS = {  # these say the same as others, and only the name tells them apart
     "Dahoas/synthetic-instruct-gptj-pairwise",
@@ -136,7 +138,9 @@ def test_every_data_set_of_the_table_has_a_row_here():
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_row_in_a_data_sets_schema_becomes_its_texts_in_every_phase(name):
     row, (prompt, chosen, rejected) = SCHEMAS[name]
-    for path in [name, "somewhere/else"][: 1 + (name not in NOT_BY_COLUMNS)]:
+    # a copy is known by its folder, any other by its columns
+    copies = [name, f"{name}:default", f"/data/{name}/"]
+    for path in copies + ["somewhere/else"] * (name not in NOT_BY_COLUMNS):
         assert rendered(path, row, 3) == ("used", prompt, "", "")
         if chosen:
             assert rendered(path, row, 1) == ("used", prompt, chosen, "")
@@ -161,6 +165,9 @@ FLAWS = [  # data set or "", changes to its row, phase, why it is dropped
     ("mkqa-Chinese", {"answers": {"zh_cn": [{"text": None}]}}, 1, "no response"),
     ("tatsu-lab/alpaca", {"instruction": "", "input": ""}, 1, "no prompt"),
     ("Anthropic/hh-rlhf", {"rejected": f"{H} q{A} b"}, 1, "prompts of a pair differ"),
+    ("Anthropic/hh-rlhf", {"rejected": None}, 2, "no response"),
+    ("Anthropic/hh-rlhf", {"chosen": f"{H} y{A} q{H} x{A} a"}, 1, "prompts of a pair differ"),
+    ("tatsu-lab/alpaca", {"instruction": None, "input": ""}, 1, "no prompt"),
     (
         "Anthropic/hh-rlhf",
         {"rejected": SCHEMAS["Anthropic/hh-rlhf"][0]["chosen"]},
@@ -174,19 +181,45 @@ FLAWS = [  # data set or "", changes to its row, phase, why it is dropped
         2,
         "prompts of a pair differ",
     ),
-    ("messages", {"messages": ASKED}, 1, "no response"),
-    ("messages", {"messages": ASKED}, 3, "used"),
-    ("messages", {"messages": []}, 3, "no prompt"),
-    ("prompt, chosen, rejected", {"prompt": None}, 3, "no prompt"),
-    ("prompt, chosen, rejected", {"chosen": None}, 2, "no response"),
-    ("prompt, chosen, rejected", {"chosen": None}, 3, "used"),
-    ("prompt, chosen, rejected", {"chosen": "x" * 10_000_000}, 2, "over a million characters"),
+    ("columns messages", {"messages": ASKED}, 1, "no response"),
+    ("columns messages", {"messages": None}, 1, "no response"),
+    ("columns prompt, chosen, rejected", {"prompt": ASKED, "chosen": None}, 2, "no response"),
+    ("columns prompt, chosen, rejected", {"prompt": ASKED, "rejected": None}, 2, "no response"),
+    (
+        "columns prompt, chosen, rejected",
+        {"prompt": ASKED, "chosen": "a", "rejected": "b"},
+        2,
+        "used",
+    ),
+    ("columns prompt, chosen, rejected", {"chosen": None, "rejected": SAID["b"]}, 2, "no response"),
+    (
+        "columns prompt, chosen, rejected",
+        {"prompt": None, "chosen": SAID["a"], "rejected": []},
+        1,
+        "used",
+    ),
+    ("columns messages", {"messages": ASKED}, 3, "used"),
+    ("columns messages", {"messages": []}, 3, "no prompt"),
+    ("columns prompt, chosen, rejected", {"prompt": None}, 3, "no prompt"),
+    ("columns prompt, chosen, rejected", {"chosen": None}, 2, "no response"),
+    ("columns prompt, chosen, rejected", {"chosen": None}, 3, "used"),
+    (
+        "columns prompt, chosen, rejected",
+        {"chosen": "x" * 10_000_000},
+        2,
+        "over a million characters",
+    ),
 ]
 
 
 @pytest.mark.parametrize("name,changes,phase,reason", FLAWS)
 def test_a_flawed_row_is_dropped_for_its_reason(name, changes, phase, reason):
     assert rendered(name, {**SCHEMAS[name][0], **changes}, phase)[0] == reason
+
+
+def test_messages_beside_a_prompt_are_what_counts():  # HuggingFaceH4/ultrachat_200k
+    row = {"prompt": "x", "prompt_id": "1", "messages": SAID["a"]}
+    assert rendered("", row, 1) == ("used", *PAIR[:2], "")
 
 
 TEMPLATE = (
@@ -210,12 +243,18 @@ def test_messages_follow_the_tokenizers_chat_template():
     within = {"chosen": SAID["a"], "rejected": SAID["b"]}
     assert rendered("", apart, 2, tokenizer) == rendered("", within, 2, tokenizer)
     assert rendered("", {"prompt": ASKED}, 3, tokenizer)[1] == "<|user|>x</s>\n<|assistant|>"
-    layout = data.DATASETS["messages"]  # a prompt's phase does not depend on the template
+    layout = data.DATASETS["columns messages"]  # a prompt's phase does not depend on the template
     names = [
         render.render({"messages": talk}, "", layout, 1, t)[1]
         for t in (tokenizer, make_tokenizer())
     ]
     assert names[0] == names[1] == f" s{H} x{A}"
+    # what is trained on must be what follows the prompt that a rollout gets
+    tokenizer.chat_template = TEMPLATE.replace(
+        "<|assistant|>{% endif", "<|assistant|><think>{% endif"
+    )
+    with pytest.raises(InputError, match="here: the chat template words a prompt otherwise once"):
+        rendered("", {"messages": talk}, 1, tokenizer)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match="here: the chat template refuses it: roles must alt"):
         rendered("", {"messages": talk}, 1, tokenizer)
@@ -237,7 +276,9 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_eos():
     tokenizer, long = make_tokenizer(), " ".join(f"w{i}" for i in range(20))
     prompts, answers = rows_of(tokenizer, [(long, " w1 w2 w3"), ("w0 w1", long)], 8)
     assert prompts["prompt"] == [19, 20, 21, 22] and prompts["chosen"] == [4, 5, 6, 2]
-    assert answers["prompt"] == [4] and answers["chosen"] == [*range(3, 9), 2]
+    assert answers["prompt"] == [3, 4] and answers["chosen"] == [*range(3, 8), 2]
+    [both] = rows_of(tokenizer, [(long, long)], 8)  # neither leaves the other less than half
+    assert both["prompt"] == [*range(19, 23)] and both["chosen"] == [3, 4, 5, 2]
     assert [(row["length"], row["cut"]) for row in (prompts, answers)] == [(8, True)] * 2
 
 
@@ -270,6 +311,8 @@ def test_an_end_of_conversation_token_is_the_eos_of_all_steps(model_folder, tmp_
 
     with pytest.raises(InputError, match="<end> is no single token .* or give --add_eot_token"):
         models.load_tokenizer(folder, args("<end>"))
+    with pytest.raises(InputError, match="--add_eot_token adds the --end_of_conversation_token"):
+        models.load_tokenizer(folder, args(None, add=True))
     tokenizer = models.load_tokenizer(folder, args("<end>", add=True))
     policy = models.load_policy(folder, tokenizer)
     assert policy.get_input_embeddings().weight.shape[0] == len(tokenizer) == 34
@@ -322,9 +365,11 @@ def test_no_prompt_is_both_trained_on_and_held_out_whichever_data_set_it_comes_f
     args = arguments(tmp_path, one, two, data_split="0,1,0")
     train, held_out = data.load(args, make_tokenizer(), 2)
     assert not prompts_of(train) & prompts_of(held_out)
-    said = capsys.readouterr().out
-    assert "(3 repeated)" in said and "15 training rows left out: their prompts are held" in said
-    assert len(held_out) == 15 and len(train) == 60 + 40 - 5 - 10
+    said = (
+        capsys.readouterr().out
+    )  # 3 twice in each, 10 in both; those of 10 + 5 prompts, with copies
+    assert "left out of training: 16 repeated rows, 18 with held-out prompts" in said
+    assert len(held_out) == 15 and len(train) == 90 - 15
     args.dedup_prompts = False
     assert len(data.load(args, make_tokenizer(), 2)[0]) == 106
 
@@ -374,6 +419,59 @@ def test_every_form_of_a_data_set_gives_the_same_rows(tmp_path):
     assert read == [train, []]
 
 
+def test_shards_a_byte_order_mark_and_a_broken_link(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", pairs(3))
+    (tmp_path / "train2.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(pairs(5)[3:]).encode())
+    (tmp_path / "notes").symlink_to(tmp_path / "nowhere")
+    assert [row for row, _ in files.read(str(tmp_path), 1)[0]] == pairs(5)
+    args = arguments(tmp_path, tmp_path, data_split="0,1,0", data_output_path=str(tmp_path / "c"))
+    assert len(data.load(args, make_tokenizer(), 2)[0]) == 4
+
+
+def test_years_are_no_citations():
+    row = {**SCHEMAS["openai/webgpt_comparisons"][0], "answer_1": "a (1939) [3, 12]."}
+    assert rendered("", row, 2)[2] == " a (1939)."
+
+
+def test_rows_without_tokens_are_left_out_and_huge_ones_not_stored(tmp_path):
+    letters = Tokenizer(tokenizer_models.BPE({"w": 0, "1": 1, " ": 2, "</s>": 3}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>")
+    assert len(rows_of(tokenizer, [("日本", " w1"), ("w1", " w1")])) == 1
+    huge = {"prompt": "w1 " * 400_000, "chosen": " w1", "rejected": " w2"}
+    assert rendered("", huge, 2) == ("over a million characters", "", "", "")
+
+
+def test_evaluation_takes_its_share_of_every_data_set(tmp_path):
+    (tmp_path / "a").mkdir()
+    write_jsonl(tmp_path / "a" / "train.jsonl", pairs(50))
+    write_jsonl(tmp_path / "a" / "test.jsonl", pairs(150)[50:])
+    other = [{"prompt": f"w1 w2 w{i % 30} w{i // 30}", "response": " w5"} for i in range(800)]
+    b = write_jsonl(tmp_path / "b.jsonl", other)
+    args = arguments(tmp_path, tmp_path / "a", b, max_eval_rows=60, eval_fraction=0.25)
+    _, held_out = data.load(args, make_tokenizer(), 1)
+    share = sum(row["prompt"][:2] == [4, 5] for row in held_out)  # 200 of 300
+    assert len(held_out) == 60 and 30 < share < 50
+
+
+def test_whatever_determines_the_rows_names_the_cache(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", pairs(60))
+    known = make_tokenizer()
+    other = make_tokenizer("bos is eos")
+    other.chat_template = TEMPLATE
+
+    def folders(tokenizer=known, phase=1, max_prompt=None, **changes):
+        data.load(arguments(tmp_path, path, **changes), tokenizer, phase, max_prompt)
+        return len(list((tmp_path / "cache").iterdir()))
+
+    steps = [folders(), folders(), folders(max_eval_rows=3, preprocessing_num_workers=2)]
+    assert steps == [1, 1, 1]
+    steps = [folders(max_seq_len=8), folders(eval_fraction=0.5), folders(seed=2), folders(phase=2)]
+    steps += [folders(data_split="1,1,1"), folders(dedup_prompts=False), folders(other)]
+    steps += [folders(phase=3), folders(phase=3, max_prompt=9), folders(train_on_prompt=True)]
+    os.utime(path, (1, 1))
+    assert [*steps, folders()] == [*range(2, 13)]
+
+
 def test_deepspeed_chats_local_file(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "train.json", pairs(40))
@@ -418,7 +516,7 @@ def test_step_3_drops_long_prompts_and_says_how_many(tmp_path, capsys):
     args = arguments(tmp_path, write_jsonl(tmp_path / "p.jsonl", rows), data_split="0,0,1")
     train, held_out = data.load(args, make_tokenizer(), 3, max_prompt=10)
     assert len(train) + len(held_out) == 100
-    assert "prompt too long)" in capsys.readouterr().out
+    assert "prompt of too many tokens, or of none)" in capsys.readouterr().out
 
 
 def test_processes_that_tokenise_give_what_one_gives(tmp_path):
@@ -510,7 +608,7 @@ BROKEN = {
     ),
     "surrogate.jsonl": (
         b'{"prompt": "a \\ud800 b", "chosen": "b", "rejected": "c"}\n' * 20,
-        "surrogate.jsonl, line 1: column prompt holds half a surrogate pair",
+        "surrogate.jsonl, line 1: a text holds half a surrogate pair",
     ),
     "one.jsonl": (GOOD, "train rows: 0 of 0 used"),
     "latin.jsonl": (
@@ -575,7 +673,7 @@ def test_an_eos_that_the_tokenizer_adds_is_not_taken_for_one_in_the_text():
 
 
 def test_the_page_of_what_training_would_see(tmp_path):
-    rows = [{**row, "prompt": f"w1 </s> {row['prompt']}"} for row in pairs(100)] + pairs(5)
+    rows = [{**row, "prompt": f"w1 w1 {row['prompt']}"} for row in pairs(100)] + pairs(5)
     rows.append({**rows[0], "chosen": " w1" * 40})
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
@@ -588,9 +686,13 @@ def test_the_page_of_what_training_would_see(tmp_path):
     assert lines[0].startswith(f"{path}, step 2, train rows: ") and " used" in lines[0]
     table = {line.split()[0]: line.split()[1:] for line in lines[3:7]}
     assert table["tokens"][0] == "mean" and table["rejected"] == ["2"] * 8
-    assert table["chosen"][-1] == "15" and table["prompt"][-1] == "4"
+    assert table["chosen"][-1] == "12" and table["prompt"][-1] == "4"
     assert any("trained] >>>w" in line and line.endswith("</s><<<") for line in lines)
-    assert "special tokens" in done.stdout
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    command[command.index(path)] = str(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no training rows are left: hold out others" in done.stderr
 
 
 # the real rows

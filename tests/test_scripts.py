@@ -168,6 +168,15 @@ def test_grouping_by_length_trains_on_the_same_rows_and_pads_less(world, start, 
         assert code == 0 and len(metrics(out)) == 5, error
 
 
+def test_instructions_alone_do_not_bring_the_embedded_world_along(world, start, call, capsys):
+    del start["data_path"]
+    rows = [{"prompt": f"w{i % 30} w{i // 30}", "response": " w1"} for i in range(100)]
+    path = write_jsonl(world["out"].parent / "instructions.jsonl", rows)
+    out = world["out"] / "sft"
+    code, error = call(train_sft, **start, sft_only_data_path=path, max_steps=1, output_dir=out)
+    assert code == 0 and json.load(open(out / "args.json"))["data_path"] == [], error
+
+
 def test_an_end_of_conversation_token_goes_through_all_three_steps(world, start, ppo, call):
     new = dict(end_of_conversation_token="<end>", add_eot_token=True)
     sft, rm = world["out"] / "sft", world["out"] / "rm"
