@@ -20,16 +20,13 @@ def parse():
     flags.add_model(parser)
     parser.add_argument("--train_on_prompt", action="store_true",
                         help="prompts too, as DeepSpeed-Chat does [ours: responses only]")
-    parser.add_argument("--packing", action="store_true",
-                        help="several rows in one sequence, apart [ours: as DSC pads]")
+    parser.add_argument("--packing", action="store_true", help="rows share sequences [ours: off]")
     flags.add_data(parser)
     parser.add_argument("--sft_only_data_path", nargs="*", default=[],
                         help="data sets without pairs, used whole by step 1 [DSC]")
     flags.add_training(parser, learning_rate=1e-3)
     flags.add_run(parser, "output/sft")
     args = parser.parse_args()
-    if args.sft_only_data_path and args.data_path is parser.get_default("data_path"):
-        args.data_path = []
     if args.packing and args.group_by_length:
         parser.error("--packing leaves no padding for --group_by_length to save: choose one")
     return args

@@ -41,6 +41,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{flag}: {REMOVED.get(flag.strip('-'), 'no such flag, see --help')}")
         if unknown:
             self.error(f"{unknown[0]}: does not belong to any flag, see --help")
+        named = parsed.data_path is not self.get_default("data_path")
+        if getattr(parsed, "sft_only_data_path", []) and not named:
+            parsed.data_path = []
         return parsed
 
     def error(self, message):
@@ -68,7 +71,7 @@ def opened(function, path, what, *rest, **kwargs):
         if "scripts are no longer supported" in reason:
             reason = (f"its script is no longer run; convert it once: pip install 'datasets<4', "
                       f"load_dataset('{path}', trust_remote_code=True).save_to_disk('folder'), and "
-                      f"give that folder, named like the data set")
+                      f"give that folder, under the name that you gave here")
         where = "" if local else " (there is no such folder, so it was sought on the hub)"
         raise InputError(f"cannot load {what} {path}{where}: {reason}") from error
 
@@ -77,7 +80,7 @@ def run(main):
     """Call a script's main(); bad input ends it with one sentence and exit code 1."""
     try:
         main()
-    except (InputError, OSError) as error:                # an OSError names its file
+    except InputError as error:
         leave(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 

@@ -10,12 +10,12 @@ from rlhf import cache, engine, files, render
 from rlhf.args import InputError
 
 
-def steps_per_epoch(units, batch_size, accumulation, flag):
+def steps_per_epoch(units, batch_size, accumulation, flag, what="training rows (or packs)"):
     """Optimizer steps in one pass.  InputError when the rows do not fill a single one."""
     span = batch_size * accumulation * engine.world_size()
     if len(units) < span:
-        raise InputError(f"{len(units)} training rows (or packs of them) do not fill one step of "
-                         f"{span} (batch x accumulation x ranks): lower {flag} or add data")
+        raise InputError(f"{len(units)} {what} do not fill one step of {span} (batch x "
+                         f"accumulation x ranks): lower {flag} or add data")
     return len(units) // span
 
 
@@ -42,8 +42,7 @@ def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_le
 
 
 def eval_batches(rows, collate, batch_size):
-    """This rank's share of the held-out rows, equally many on every rank: the first come round
-    again.  engine.gather_rows restores the order and drops the repeats."""
+    """This rank's share of the rows, as many as all others': engine.gather_rows drops repeats."""
     rank, world = engine.rank(), engine.world_size()
     mine = [i % len(rows) for i in range(rank, -(-len(rows) // world) * world, world)]
     for start in range(0, len(mine), batch_size):
@@ -124,7 +123,7 @@ def text_stream(args, tokenizer):
     identity = [cache.fingerprint(path), length, args.seed]
     packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
     cut = (args.per_device_training_batch_size, 1)
-    steps_per_epoch(packs, *cut, "--per_device_training_batch_size")
+    steps_per_epoch(packs, *cut, "--per_device_training_batch_size", f"packs of text from {path}")
     to_batch = partial(collate_packs, tokenizer)
     steps = optimizer_steps(packs, to_batch, *cut, args.seed, 1 << 62)
     return (micro_batch for _, [micro_batch] in steps)
@@ -137,5 +136,7 @@ def _build_texts(path, length, args, tokenizer, folder):
         return {"prompt": [block[:1] for block in cut], "chosen": [block[1:] for block in cut],
                 "length": [len(block) for block in cut]}
     texts = cache.collect(files.texts(path, args.seed), os.path.join(folder, "work"), text="string")
-    rows = cache.tokenised(texts, blocks, args, prompt="ids", chosen="ids", length="int32")
-    rows.save_to_disk(folder)
+    if not texts:
+        raise InputError(f"{path}: there is no text in it")
+    kinds = {"prompt": "ids", "chosen": "ids", "length": "int32"}
+    cache.tokenised(texts, blocks, args, **kinds).save_to_disk(folder)

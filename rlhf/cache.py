@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from rlhf import engine, files, render, toy
-from rlhf.args import check_writable
+from rlhf.args import InputError, check_writable
 
 
 def cached(args, tokenizer, identity, build):
@@ -31,9 +31,9 @@ def cached(args, tokenizer, identity, build):
             build(temporary)
             shutil.rmtree(os.path.join(temporary, "work"), ignore_errors=True)
             os.rename(temporary, folder)
-        except OSError:
+        except OSError as error:
             if not os.path.isdir(folder):     # if it is, another run was faster, and is as good
-                raise
+                raise InputError(f"--data_output_path {folder} cannot be built: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     here = torch.tensor(float(os.path.isdir(folder)), device=engine.device())

@@ -101,10 +101,10 @@ ALIASES = {"mkqa-Chinese": "mkqa", "mkqa-Japanese": "mkqa", "local/jsonfile": "d
 
 def layout_of(path, row, where):
     """The Layout of a data set, or of a row by its columns."""
-    parts = os.path.normpath(path.partition(":")[0]).split(os.sep)       # the folder of a copy, too
-    for name in ("/".join(parts[-2:]), parts[-1]):
-        if name in DATASETS:
-            return DATASETS[name]
+    folder = os.path.isdir(path) and os.path.basename(os.path.normpath(path))          # of a copy
+    for name, layout in DATASETS.items():
+        if path.partition(":")[0] == name or folder == name.rpartition("/")[2]:
+            return layout
     needs = lambda layout: {column for template in layout[:4]
                             for column in re.findall(r"{(\w+)", template or "")}
     known = [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]
@@ -124,7 +124,7 @@ def load(args, tokenizer, phase, max_prompt=None):
         sources += [(path, [0.0, 1.0]) for path in getattr(args, "sft_only_data_path", [])]
     parts = []
     for name, share in sources:
-        path = ALIASES.get(name, name)
+        path = name if os.path.exists(name) else ALIASES.get(name, name)
         length = 1 << 30 if phase == 3 else getattr(args, "max_seq_len", 1 << 30)
         settings = {"max_seq_len": length, "max_prompt": max_prompt,
                     "train_on_prompt": getattr(args, "train_on_prompt", False)}
@@ -138,13 +138,14 @@ def load(args, tokenizer, phase, max_prompt=None):
     train, held_out = (concatenate_datasets([part[split] for part in parts])
                        for split in ("train", "held_out"))
     if args.dedup_prompts:
-        columns, first = train.with_format("numpy"), np.full(len(train), False)
-        first[np.unique(columns["twin"][:], return_index=True)[1]] = True
-        shared = np.isin(columns["key"][:], held_out.with_format("numpy")["key"][:])
-        if not (first & ~shared).all():
-            say(f"left out of training: {(~first).sum()} repeated rows, {shared.sum()} with "
-                f"held-out prompts")
-            train = train.select(np.flatnonzero(first & ~shared))
+        column = lambda rows, name: rows.with_format("numpy")[name][:]
+        firsts = lambda rows: np.sort(np.unique(column(rows, "twin"), return_index=True)[1])
+        given = len(train) + len(held_out)
+        train, held_out = train.select(firsts(train)), held_out.select(firsts(held_out))
+        own = np.flatnonzero(~np.isin(column(train, "key"), column(held_out, "key")))
+        if (kept := len(own) + len(held_out)) < given:
+            say(f"{given - kept} rows left out: repeated, or to train on a prompt that is held out")
+            train = train.select(own)
     if not train:
         raise InputError("no training rows are left: hold out others, or --no-dedup_prompts")
     order = np.random.default_rng(args.seed).permutation(len(held_out))
@@ -175,12 +176,12 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
         texts = texts.select(rows).remove_columns("reason")
         function = partial(render.tokenise, tokenizer, **settings)
         saved[split] = cache.tokenised(texts, function, args, **COLUMNS)
-        counts["prompt of too many tokens, or of none"] = len(rows) - len(saved[split])
+        counts["too long, of no tokens, or alike once cut"] = len(rows) - len(saved[split])
         del counts["used"]
         lost = ", ".join(f"{n} {reason}" for reason, n in (+counts).items())
         report.append(f"{name}, step {phase}, {split} rows: {len(saved[split])} of {mine.sum()} "
                       f"used{f' ({lost})' if lost else ''}")
-        if not saved[split] and (split == "train" or phase < 3):
+        if not saved[split]:
             raise InputError(f"{report[-1]}: choose other data, --data_split or lengths")
     DatasetDict(saved).save_to_disk(folder)
     with open(os.path.join(folder, "report.txt"), "w") as file:

@@ -111,10 +111,9 @@ def frozen(model):
 
 
 def global_denom(masks):
-    """What the sums over each micro-batch of one optimizer step are divided by.
-
-    DeepSpeed averages gradients over micro-batches and ranks.  With denom = (valid tokens of all
-    `masks` on all ranks) / (micro-batches x ranks), the step follows the mean over those tokens."""
+    """What the sums of each micro-batch of a step are divided by: (valid tokens of all `masks` on
+    all ranks) / (micro-batches x ranks).  DeepSpeed averages gradients over these two, so that the
+    step follows the mean over all tokens."""
     tokens = torch.stack([mask.sum() for mask in masks]).sum().float()
     return all_sum(tokens) / (len(masks) * world_size())
 

@@ -3,8 +3,7 @@
     python -m rlhf.evaluate --models sft=output/sft ppo=output/ppo/actor ema=output/ppo/actor_ema \\
         --reward_model output/rm --best_of 4 16 64
 
-The first model is the baseline of win rates, KL and best-of-n.  On the toy world the true reward is
-known, and shown."""
+The first model is the baseline of win rates, KL, best-of-n.  The toy world knows a true reward."""
 import math
 import os
 from functools import partial

@@ -21,7 +21,7 @@ def read(path, seed):
     """A data set's training rows and held-out rows, a stream each; the second may be empty."""
     if path == "toy":
         return [_rows("the embedded world", rows) for rows in toy.rows(seed=seed)]
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else None
+    names = sorted(opened(os.listdir, path, "the folder")) if os.path.isdir(path) else None
     if os.path.isfile(path):
         streams = {"train": _file(path)}
     elif names is None and path.endswith(SUFFIXES):
@@ -34,7 +34,8 @@ def read(path, seed):
         streams = {split: _rows(f"{path}, {split}", rows) for split, rows in splits.items()}
     else:
         streams = {n: _file(os.path.join(path, n)) for n in names if n.endswith(SUFFIXES)}
-    groups = [next((group for like in (str.__eq__, str.startswith) for kind in kinds
+    shard = lambda name, kind: re.fullmatch(kind + r"([-_]?\d.*)?", name.split(".")[0])
+    groups = [next((group for like in (shard, str.startswith) for kind in kinds
                     if (group := [n for n in streams if like(n, kind)])), [])
               for kinds in (("train",), HELD_OUT)]
     if not groups[0]:
@@ -49,8 +50,8 @@ def texts(path, seed):
     """Plain texts for the unsupervised loss: a .txt file's paragraphs, or a column text."""
     rows = [({"text": t}, path) for t in toy.texts(seed)] if path == "toy" else read(path, seed)[0]
     for row, where in rows:
-        if not isinstance(row.get("text"), str):
-            raise InputError(f"{where}: no text in column text (found: {', '.join(row)})")
+        if not isinstance(row.get("text"), str) or re.search("[\ud800-\udfff]", row["text"]):
+            raise InputError(f"{where}: no sound text in column text (found: {', '.join(row)})")
         if row["text"].strip():
             yield {"text": row["text"]}
 
@@ -76,7 +77,7 @@ def _file(path):
             array = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
             file.seek(0)
             if path.endswith((".txt", ".txt.gz")):
-                texts = re.split(r"\r?\n\s*\n", file.read().decode())
+                texts = re.split(r"\r?\n\s*\n", file.read().decode("utf-8-sig"))
                 array, rows = True, [{"text": text} for text in texts]
             else:
                 rows = json.load(file) if array else file

@@ -17,8 +17,7 @@ def say(text):
 
 
 class Log:
-    """A run's args.json, metrics.jsonl and samples.jsonl in --output_dir, and its progress bar.
-
+    """A run's args.json, metrics.jsonl and samples.jsonl in --output_dir, and its progress bar;
     `shown` names the metrics of the line that is printed every --log_interval steps."""
 
     def __init__(self, args, total_steps, shown, train_engine):

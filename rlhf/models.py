@@ -223,8 +223,7 @@ def _fit_tokenizer(model, tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     names = ("pad_token_id", "eos_token_id", "bos_token_id")
     ids = {name: getattr(tokenizer, name) for name in names}
-    for name, value in ids.items():
-        setattr(model.config, name, value)
+    model.config.update(ids)
     if model.can_generate():          # a fresh one: step 3 samples plainly, whatever was there
         model.generation_config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, **ids)
     return model

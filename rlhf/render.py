@@ -105,7 +105,7 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
         write = partial(tokenizer.apply_chat_template, tokenize=False)
         try:
             start = write(context, add_generation_prompt=True)
-            whole = [text and write(talk) for text, talk in zip(texts, talks)]
+            whole = [text.strip() and write(talk) for text, talk in zip(texts, talks)]
         except Exception as error:                            # the template's own
             raise InputError(f"{where}: the chat template refuses it: {error}") from error
         if not all(text.startswith(start) for text in whole if text):
@@ -151,6 +151,8 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
         if len(prompt) > room > 1 and prompt[0] == tokenizer.bos_token_id:
             prompt = prompt[:1] + prompt[1 - room:]
         prompt = prompt[-room:]
+        if answers[0] == answers[1] != []:                    # a pair that was told apart later
+            continue
         if train_on_prompt:
             prompt, answers[0] = prompt[:1], prompt[1:] + answers[0]
         kept = len(prompt) + max(map(len, answers))

@@ -165,8 +165,16 @@ def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
         seed=1,
         data_output_path=str(tmp_path / "cache"),
     )
-    tokenizer = make_tokenizer()
-    plain = make_tokenizer()
+    tokenizer, plain = make_tokenizer(), make_tokenizer()
+    for text, expected in [
+        (" \n\n ", "there is no text in it"),
+        ("w1 w2", "do not fill one step of 2"),
+    ]:
+        broken = argparse.Namespace(**vars(args))
+        broken.unsupervised_dataset_name = str(tmp_path / "broken.txt")
+        (tmp_path / "broken.txt").write_text(text)
+        with pytest.raises(InputError, match=expected):
+            batches.text_stream(broken, tokenizer)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>",
         special_tokens=[("</s>", 2)],  # its own eos must not be a second one

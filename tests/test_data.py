@@ -136,10 +136,11 @@ def test_every_data_set_of_the_table_has_a_row_here():
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_row_in_a_data_sets_schema_becomes_its_texts_in_every_phase(name):
+def test_a_row_in_a_data_sets_schema_becomes_its_texts_in_every_phase(name, tmp_path):
     row, (prompt, chosen, rejected) = SCHEMAS[name]
     # a copy is known by its folder, any other by its columns
-    copies = [name, f"{name}:default", f"/data/{name}/"]
+    os.makedirs(tmp_path / os.path.basename(name))
+    copies = [name, f"{name}:default", f"{tmp_path / os.path.basename(name)}/"]
     for path in copies + ["somewhere/else"] * (name not in NOT_BY_COLUMNS):
         assert rendered(path, row, 3) == ("used", prompt, "", "")
         if chosen:
@@ -199,6 +200,12 @@ FLAWS = [  # data set or "", changes to its row, phase, why it is dropped
         "used",
     ),
     ("columns messages", {"messages": ASKED}, 3, "used"),
+    (
+        "columns messages",
+        {"messages": ASKED + [{"role": "assistant", "content": ""}]},
+        1,
+        "no response",
+    ),
     ("columns messages", {"messages": []}, 3, "no prompt"),
     ("columns prompt, chosen, rejected", {"prompt": None}, 3, "no prompt"),
     ("columns prompt, chosen, rejected", {"chosen": None}, 2, "no response"),
@@ -365,10 +372,8 @@ def test_no_prompt_is_both_trained_on_and_held_out_whichever_data_set_it_comes_f
     args = arguments(tmp_path, one, two, data_split="0,1,0")
     train, held_out = data.load(args, make_tokenizer(), 2)
     assert not prompts_of(train) & prompts_of(held_out)
-    said = (
-        capsys.readouterr().out
-    )  # 3 twice in each, 10 in both; those of 10 + 5 prompts, with copies
-    assert "left out of training: 16 repeated rows, 18 with held-out prompts" in said
+    # 3 twice in each, 10 in both; and 15 of the others
+    assert "31 rows left out: repeated, or to train on a prompt" in capsys.readouterr().out
     assert len(held_out) == 15 and len(train) == 90 - 15
     args.dedup_prompts = False
     assert len(data.load(args, make_tokenizer(), 2)[0]) == 106
@@ -423,6 +428,7 @@ def test_shards_a_byte_order_mark_and_a_broken_link(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", pairs(3))
     (tmp_path / "train2.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(pairs(5)[3:]).encode())
     (tmp_path / "notes").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "training_notes.txt").write_text("no row")
     assert [row for row, _ in files.read(str(tmp_path), 1)[0]] == pairs(5)
     args = arguments(tmp_path, tmp_path, data_split="0,1,0", data_output_path=str(tmp_path / "c"))
     assert len(data.load(args, make_tokenizer(), 2)[0]) == 4
@@ -439,6 +445,20 @@ def test_rows_without_tokens_are_left_out_and_huge_ones_not_stored(tmp_path):
     assert len(rows_of(tokenizer, [("日本", " w1"), ("w1", " w1")])) == 1
     huge = {"prompt": "w1 " * 400_000, "chosen": " w1", "rejected": " w2"}
     assert rendered("", huge, 2) == ("over a million characters", "", "", "")
+
+
+def test_copies_of_a_held_out_row_count_once(tmp_path):
+    rows = [row for row in pairs(100) for _ in range(5)]
+    args = arguments(tmp_path, write_jsonl(tmp_path / "p.jsonl", rows), data_split="0,1,0")
+    assert [len(rows) for rows in data.load(args, make_tokenizer(), 2)] == [90, 10]
+
+
+def test_pairs_that_are_alike_once_cut_are_left_out():
+    same = " w1" * 9
+    texts = [("w3", same + " w1", same + " w2"), ("w3", " w1", " w2")]
+    rows = rows_of(make_tokenizer(), texts, 8)
+    assert len(rows) == 1 and len(rows_of(make_tokenizer(), texts, 16)) == 2
+    assert len(rows_of(make_tokenizer(), [("w3", same)], 8)) == 1
 
 
 def test_evaluation_takes_its_share_of_every_data_set(tmp_path):
@@ -516,7 +536,7 @@ def test_step_3_drops_long_prompts_and_says_how_many(tmp_path, capsys):
     args = arguments(tmp_path, write_jsonl(tmp_path / "p.jsonl", rows), data_split="0,0,1")
     train, held_out = data.load(args, make_tokenizer(), 3, max_prompt=10)
     assert len(train) + len(held_out) == 100
-    assert "prompt of too many tokens, or of none)" in capsys.readouterr().out
+    assert "or alike once cut)" in capsys.readouterr().out
 
 
 def test_processes_that_tokenise_give_what_one_gives(tmp_path):
