@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SFT -> reward model -> PPO -> evaluation.
 #
-#   bash run_all.sh         the embedded world: about ten minutes on two CPU cores, no network
+#   bash run_all.sh         the embedded world: under ten minutes on two CPU cores, no network
 #   ACTOR=facebook/opt-1.3b CRITIC=facebook/opt-350m DATA=Dahoas/rm-static NUM_GPUS=8 \
 #       bash run_all.sh     other models and data, with DeepSpeed-Chat's settings for that pair
 #
