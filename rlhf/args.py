@@ -38,12 +38,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
         for flag in (text.split("=")[0] for text in unknown if text.startswith("-")):
-            self.error(f"{flag}: {REMOVED.get(flag.strip('-'), 'no such flag, see --help')}")
+            self.error(f"{flag}: {REMOVED.get(flag.lstrip('-'), 'no such flag, see --help')}")
         if unknown:
             self.error(f"{unknown[0]}: does not belong to any flag, see --help")
-        named = parsed.data_path is not self.get_default("data_path")
-        if getattr(parsed, "sft_only_data_path", []) and not named:
-            parsed.data_path = []
+        instructions = getattr(parsed, "sft_only_data_path", None)
+        if instructions and parsed.data_path is self.get_default("data_path"):
+            parsed.data_path = []              # the embedded world stands in for no data at all
         return parsed
 
     def error(self, message):

@@ -27,7 +27,7 @@ def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_le
     stretches of 50 steps, are alike in length; the steps then go in random order."""
     world = engine.world_size()
     span, step = batch_size * accumulation * world, 0
-    lengths = torch.as_tensor(units.with_format("numpy")["length"][:]) if by_length else None
+    lengths = torch.as_tensor(cache.column(units, "length")) if by_length else None
     while step < total:
         shuffle = torch.Generator().manual_seed(seed + step // (len(units) // span))
         order = torch.randperm(len(units), generator=shuffle)[:len(units) // span * span]
@@ -75,15 +75,16 @@ class Packs:
     longest row first, each where the least room remains."""
 
     def __init__(self, rows, room):
-        lengths = rows.with_format("numpy")["length"][:]
-        self.rows, self.packs, free = rows, [], []          # free: sorted (room left, pack)
+        lengths = cache.column(rows, "length")
+        self.rows, self.packs = rows, []
+        free, shortest = [], lengths.min(initial=room)           # free: sorted (room left, pack)
         for number in (-lengths).argsort(kind="stable").tolist():
             at = bisect.bisect_left(free, (lengths[number], -1))
             left, pack = free.pop(at) if at < len(free) else (room, len(self.packs))
             if pack == len(self.packs):
                 self.packs.append([])
             self.packs[pack].append(number)
-            if left - lengths[number] >= lengths.min():
+            if left - lengths[number] >= shortest:
                 bisect.insort(free, (left - lengths[number], pack))
 
     def __len__(self):
@@ -124,8 +125,7 @@ def text_stream(args, tokenizer):
     packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
     cut = (args.per_device_training_batch_size, 1)
     steps_per_epoch(packs, *cut, "--per_device_training_batch_size", f"packs of text from {path}")
-    to_batch = partial(collate_packs, tokenizer)
-    steps = optimizer_steps(packs, to_batch, *cut, args.seed, 1 << 62)
+    steps = optimizer_steps(packs, partial(collate_packs, tokenizer), *cut, args.seed, 1 << 62)
     return (micro_batch for _, [micro_batch] in steps)
 
 

@@ -14,6 +14,8 @@ from datasets.exceptions import DatasetGenerationError
 from rlhf import engine, files, render, toy
 from rlhf.args import InputError, check_writable
 
+column = lambda rows, name: rows.with_format("numpy")[name][:]     # numbers, as an array
+
 
 def cached(args, tokenizer, identity, build):
     """The folder that build(folder), a partial, fills, whole or not at all; named by the SHA-256 of
@@ -71,5 +73,4 @@ def tokenised(texts, function, args, **kinds):
 
 
 def _features(kinds):
-    return Features({name: List(Value("int32")) if kind == "ids" else Value(kind)
-                     for name, kind in kinds.items()})
+    return Features({n: List(Value("int32")) if k == "ids" else Value(k) for n, k in kinds.items()})

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ def _speakers(row):
 
 
 ask = (render.HUMAN + " {{{}}}" + render.ASSISTANT).format                # a column -> a template
+MIRACL = Layout(ask("query"), " {positive_passages[0][text]}", " {negative_passages[0][text]}")
 
 # A data set is known by its hub id, else row by row by its columns: the layout that uses most.
 DATASETS = {
@@ -78,10 +80,8 @@ DATASETS = {
     "stanfordnlp/SHP": Layout(ask("history"), " {human_ref_A}", " {human_ref_B}", fix=_shp),
     "pvduy/sharegpt_alpaca_oa_vicuna_format": Layout("{prompt}", " {label}", fix=_speakers),
     "wangrui6/Zhihu-KOL": Layout(ask("INSTRUCTION"), " {RESPONSE}"),
-    "Cohere/miracl-zh-queries-22-12": Layout(ask("query"), " {positive_passages[0][text]}",
-                                             " {negative_passages[0][text]}"),
-    "Cohere/miracl-ja-queries-22-12": Layout(ask("query"), " {positive_passages[0][text]}",
-                                             " {negative_passages[0][text]}"),
+    "Cohere/miracl-zh-queries-22-12": MIRACL,
+    "Cohere/miracl-ja-queries-22-12": MIRACL,
     "Hello-SimpleAI/HC3-Chinese": Layout(ask("question"), " {human_answers[0]}"),
     "mkqa-Chinese": Layout(ask("queries[zh_cn]"), " {answers[zh_cn][0][text]}"),
     "mkqa-Japanese": Layout(ask("queries[ja]"), " {answers[ja][0][text]}"),
@@ -105,8 +105,7 @@ def layout_of(path, row, where):
     for name, layout in DATASETS.items():
         if path.partition(":")[0] == name or folder == name.rpartition("/")[2]:
             return layout
-    needs = lambda layout: {column for template in layout[:4]
-                            for column in re.findall(r"{(\w+)", template or "")}
+    needs = lambda layout: {*re.findall(r"{(\w+)", "".join(filter(None, layout[:4])))}
     known = [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]
     if not known:
         raise InputError(f"{where}: no layout fits columns {', '.join(row)}: rename them to prompt "
@@ -122,27 +121,25 @@ def load(args, tokenizer, phase, max_prompt=None):
     sources = [(path, shares) for path in args.data_path]
     if phase == 1:
         sources += [(path, [0.0, 1.0]) for path in getattr(args, "sft_only_data_path", [])]
+    length = 1 << 30 if phase == 3 else getattr(args, "max_seq_len", 1 << 30)
+    settings = {"max_seq_len": length, "max_prompt": max_prompt,
+                "train_on_prompt": getattr(args, "train_on_prompt", False)}
     parts = []
     for name, share in sources:
         path = name if os.path.exists(name) else ALIASES.get(name, name)
-        length = 1 << 30 if phase == 3 else getattr(args, "max_seq_len", 1 << 30)
-        settings = {"max_seq_len": length, "max_prompt": max_prompt,
-                    "train_on_prompt": getattr(args, "train_on_prompt", False)}
         identity = [name, cache.fingerprint(path), share, phase, args.seed, args.eval_fraction,
                     args.dedup_prompts, settings]
         build = partial(_build, name, path, share, phase, args, tokenizer, settings)
         folder = cache.cached(args, tokenizer, identity, build)
-        with open(os.path.join(folder, "report.txt")) as file:
-            say(file.read())
+        say(Path(folder, "report.txt").read_text())
         parts.append(load_from_disk(folder))
     train, held_out = (concatenate_datasets([part[split] for part in parts])
                        for split in ("train", "held_out"))
     if args.dedup_prompts:
-        column = lambda rows, name: rows.with_format("numpy")[name][:]
-        firsts = lambda rows: np.sort(np.unique(column(rows, "twin"), return_index=True)[1])
+        firsts = lambda rows: np.sort(np.unique(cache.column(rows, "twin"), return_index=True)[1])
         given = len(train) + len(held_out)
         train, held_out = train.select(firsts(train)), held_out.select(firsts(held_out))
-        own = np.flatnonzero(~np.isin(column(train, "key"), column(held_out, "key")))
+        own = np.flatnonzero(~np.isin(cache.column(train, "key"), cache.column(held_out, "key")))
         if (kept := len(own) + len(held_out)) < given:
             say(f"{given - kept} rows left out: repeated, or to train on a prompt that is held out")
             train = train.select(own)
@@ -160,7 +157,7 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
                        for part, rows in enumerate(streams))
     if not train:
         raise InputError(f"{path}: it has no rows")
-    keys = train.with_format("numpy")["key"][:]
+    keys = cache.column(train, "key")
     prompts = np.unique(keys[keys != 0])      # in the order of their hashes: a seeded permutation
     place, cut = np.searchsorted(prompts, keys), len(prompts)
     if not held_out:
@@ -170,7 +167,7 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
               "held_out": (held_out, np.full(len(held_out), True)) if held_out
               else (train, (cut <= place) & (keys != 0))}
     for split, (texts, mine) in chosen.items():
-        reasons = texts.with_format("numpy")["reason"][:]
+        reasons = cache.column(texts, "reason")
         counts = Counter(render.REASONS[reason] for reason in reasons[mine])
         rows = np.flatnonzero(mine & (reasons == 0))
         texts = texts.select(rows).remove_columns("reason")
@@ -184,8 +181,7 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
         if not saved[split]:
             raise InputError(f"{report[-1]}: choose other data, --data_split or lengths")
     DatasetDict(saved).save_to_disk(folder)
-    with open(os.path.join(folder, "report.txt"), "w") as file:
-        file.write("\n".join(report))
+    Path(folder, "report.txt").write_text("\n".join(report))
 
 
 def _texts(stream, name, phase, args, tokenizer, cache_dir):
@@ -201,7 +197,7 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
             if columns not in layouts:
                 layouts[columns] = layout_of(name, row, where)
             reason, prompt, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
-            if re.search("[\ud800-\udfff]", "".join((prompt, *texts))):
+            if files.half_surrogate("".join((prompt, *texts))):
                 raise InputError(f"{where}: a text holds half a surrogate pair: repair it")
             key = number(str(args.seed), prompt if args.dedup_prompts else where)
             yield {**dict(zip(("prompt", "chosen", "rejected"), texts)),

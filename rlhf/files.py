@@ -14,6 +14,7 @@ from rlhf import toy
 from rlhf.args import InputError, opened
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".parquet")
+half_surrogate = re.compile("[\ud800-\udfff]").search                # such a text has no UTF-8
 HELD_OUT = ("test", "validation", "valid", "eval", "dev")
 
 
@@ -50,7 +51,7 @@ def texts(path, seed):
     """Plain texts for the unsupervised loss: a .txt file's paragraphs, or a column text."""
     rows = [({"text": t}, path) for t in toy.texts(seed)] if path == "toy" else read(path, seed)[0]
     for row, where in rows:
-        if not isinstance(row.get("text"), str) or re.search("[\ud800-\udfff]", row["text"]):
+        if not isinstance(row.get("text"), str) or half_surrogate(row["text"]):
             raise InputError(f"{where}: no sound text in column text (found: {', '.join(row)})")
         if row["text"].strip():
             yield {"text": row["text"]}

@@ -26,25 +26,28 @@ def render(row, where, layout, phase, tokenizer):
         row = layout.fix(row) if layout.fix else row
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: a column is missing or of a wrong type: {error}") from error
+    dropped = lambda reason, name="": (reason, name, "", "", "")
     if isinstance(row, str):
-        return row, "", "", "", ""
+        return dropped(row)
     *texts, response = (_fill(template, row, where) for template in layout[:4])
     if phase == 1 and response:
         texts[1] = response
     name = texts[0]
     if any(isinstance(text, list) for text in texts):
-        name, *texts = _chat(*texts, where, tokenizer)
+        talk = _chat(*texts, where, tokenizer)
+        if talk is None:
+            return dropped("prompts of a pair differ")
+        name, *texts = talk
     elif layout.prompt is None:                  # it is what the responses share
-        shared = os.path.commonprefix([text or "" for text in texts[1:]])
-        if ASSISTANT not in shared:
-            whole = texts[1] and (texts[2] or not layout.rejected)
-            return "prompts of a pair differ" if whole else "no response", "", "", "", ""
+        if not texts[1] or (layout.rejected and not texts[2]):
+            return dropped("no response")
+        shared = os.path.commonprefix(texts[1:])
         end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+        if ASSISTANT not in shared or any(HUMAN in text[end:] for text in texts[1:]):
+            return dropped("prompts of a pair differ")
         name, *texts = shared[:end], shared[:end], *(text[end:] for text in texts[1:])
-        if any(HUMAN in text for text in texts[1:]):
-            return "prompts of a pair differ", "", "", "", ""
-    if not name or not re.sub(r"\b(Human|Assistant):", "", name).strip():
-        return "no prompt" if texts else "prompts of a pair differ", "", "", "", ""
+    if not re.sub(r"\b(Human|Assistant):", "", name or "").strip():
+        return dropped("no prompt")
     prompt, *answers = [text or "" for text in texts[:NEEDED[phase]]]
     reason = "used"
     if not all(answer.strip() for answer in answers):
@@ -52,7 +55,7 @@ def render(row, where, layout, phase, tokenizer):
     elif len(set(answers)) < len(answers):
         reason = "identical pair"
     elif sum(map(len, (prompt, *answers))) > 1_000_000:
-        return "over a million characters", name, "", "", ""
+        return dropped("over a million characters", name)
     return (reason, name, prompt, *answers, "", "")[:5]
 
 
@@ -79,7 +82,7 @@ def _fill(template, row, where):
 
 def _chat(prompt, chosen, rejected, where, tokenizer):
     """Messages -> the prompt in Human/Assistant words; prompt, chosen, rejected by the tokenizer's
-    chat template, if it has one.  Of a pair whose prompts differ, only an empty name."""
+    chat template, if it has one.  None for a pair whose prompts differ."""
     before, talks = prompt if isinstance(prompt, list) else [], []
     for answer in (chosen, rejected):
         if isinstance(answer, str) and answer:
@@ -94,7 +97,7 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
     contexts = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks if talk]
     context = (contexts or [before])[0]
     if contexts and context != contexts[-1]:
-        return [""]
+        return None
     names = {"user": HUMAN, "assistant": ASSISTANT}
     plain = lambda talk: "".join(f"{names.get(m['role'], '')} {m['content']}" for m in talk)
     if not context or not context[-1]["content"].strip():

@@ -1,5 +1,6 @@
 """Small models and tokenizers of several families, made here; and a runner for the real scripts."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -141,6 +142,14 @@ def run_script(script, *flags, ranks=1, launcher="python", timeout=240, env=None
         timeout=timeout,
         env={**os.environ, **(env or {})},
     )
+
+
+def arguments(tmp_path, *paths, **changes):
+    """The flags of the data, as parsed."""
+    usual = dict(data_split="2,4,4", seed=1234, eval_fraction=0.1, max_eval_rows=100)
+    usual.update(dedup_prompts=True, preprocessing_num_workers=1, max_seq_len=32)
+    usual.update(data_path=[str(p) for p in paths], data_output_path=str(tmp_path / "cache"))
+    return argparse.Namespace(**{**usual, **changes})
 
 
 def rows_of(tokenizer, texts, max_seq_len=64, **settings):

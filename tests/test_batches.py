@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from rlhf import batches, engine, models
 from rlhf.args import InputError
 from rlhf.losses import masked_mean
-from tests.conftest import FAMILIES, make_tokenizer, rows_of
+from tests.conftest import FAMILIES, arguments, make_tokenizer, rows_of
 
 
 def ragged(n, seed=0):
@@ -155,16 +155,9 @@ def test_a_model_that_attends_across_packed_sequences_is_refused():
 def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
     texts = [" ".join(f"w{i}" for i in range(n)) for n in (3, 5, 25, 1, 9)] * 20
     (tmp_path / "text.txt").write_bytes(("\r\n\r\n".join(texts) + "\n\n \n\n").encode())
-    args = argparse.Namespace(
-        unsupervised_dataset_name=str(tmp_path / "text.txt"),
-        unsupervised_dataset_config_name=None,
-        max_prompt_seq_len=8,
-        max_answer_seq_len=8,
-        per_device_training_batch_size=2,
-        preprocessing_num_workers=1,
-        seed=1,
-        data_output_path=str(tmp_path / "cache"),
-    )
+    text = dict(unsupervised_dataset_config_name=None, per_device_training_batch_size=2)
+    text.update(max_prompt_seq_len=8, max_answer_seq_len=8)
+    args = arguments(tmp_path, unsupervised_dataset_name=str(tmp_path / "text.txt"), **text)
     tokenizer, plain = make_tokenizer(), make_tokenizer()
     for text, expected in [
         (" \n\n ", "there is no text in it"),

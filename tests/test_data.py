@@ -18,14 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import data, files, models, render
 from rlhf.args import InputError
-from tests.conftest import ROOT, SHARED, make_tokenizer, rows_of, write_jsonl
-
-
-def arguments(tmp_path, *paths, **changes):
-    usual = dict(data_split="2,4,4", seed=1234, eval_fraction=0.1, max_eval_rows=100)
-    usual.update(dedup_prompts=True, preprocessing_num_workers=1, max_seq_len=32)
-    usual.update(data_path=[str(p) for p in paths], data_output_path=str(tmp_path / "cache"))
-    return argparse.Namespace(**{**usual, **changes})
+from tests.conftest import ROOT, SHARED, arguments, make_tokenizer, rows_of, write_jsonl
 
 
 def pairs(n):
