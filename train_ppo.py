@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from rlhf import args as flags
-from rlhf import batches, data, engine, models
+from rlhf import batches, data, engine, lora, models
 from rlhf.args import (count, fraction, non_negative, open_fraction, positive, positive_int,
                        probability)
 from rlhf.ema import EMA
@@ -32,8 +32,10 @@ def parse():
         help="step 1's model, with which actor and reference start [ours: its output]")
     add("--critic_model_name_or_path", default="output/rm",
         help="step 2's model, with which critic and reward model start [ours: its output]")
-    add("--actor_zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage [DSC]")
-    add("--critic_zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage [DSC]")
+    add("--load_in_4bit", action="store_true", help="the actor's frozen weights [QLoRA]")
+    for name in ("reference", "reward"):
+        add(f"--{name}_zero_stage", type=int, choices=(0, 3), help="else the trained one's [ours]")
+        add(f"--offload_{name}_model", action="store_true", help="keep on the CPU [DSC]")
     add("--enable_ema", action="store_true", help="keep and save an average of the actor [DSC]")
     add("--ema_decay", type=open_fraction, default=0.992, help="an optimizer step [DSC, constant]")
     flags.add_data(parser)
@@ -46,6 +48,11 @@ def parse():
     add("--top_p", type=probability, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
     add("--top_k", type=count, default=0, help="likeliest tokens; 0: all [ours: unbiased]")
     add("--print_answers_interval", type=count, default=50, help="iterations; 0: never [ours]")
+    add("--enable_hybrid_engine", action="store_true", help="DeepSpeed's kernels, on GPUs [DSC]")
+    add("--inference_tp_size", type=positive_int, default=1, help="its tensor parallelism [DSC]")
+    add("--tp_gather_partition_size", type=positive_int, default=8, help="layers gathered [DSC]")
+    add("--unpin_actor_parameters", action="store_true", help="gather by layer [DSC]")
+    add("--release_inference_cache", action="store_true", help="after each rollout [DSC]")
     add = parser.add_argument_group("reward").add_argument
     add("--kl_coef", type=non_negative, default=0.1, help="price of the KL [DSC, constant]")
     add("--kl_estimator", choices=("k1", "k2", "k3"), default="k1", help="[DSC, constant]")
@@ -55,17 +62,16 @@ def parse():
     add("--lam", type=fraction, default=0.95, help="GAE's lambda [GAE]")
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
     add = parser.add_argument_group("update").add_argument
-    add("--actor_learning_rate", "--actor_lr", type=non_negative, default=9.65e-6, help="[DSC]")
-    add("--critic_learning_rate", "--critic_lr", type=non_negative, default=5e-6, help="[DSC]")
-    add("--actor_weight_decay", type=non_negative, default=0.0, help="of matrices [DSC]")
-    add("--critic_weight_decay", type=non_negative, default=0.0, help="of matrices [DSC]")
     add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
+    add("--align_overflow", action="store_true", help="fp16: both models skip a step [DSC]")
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
     add("--value_clip", type=positive, default=0.2, help="of a value's move [DSC, constant]")
     add("--unsupervised_dataset_name", help="text to mix in: toy, .txt, or a column text [DSC]")
     add("--unsupervised_dataset_config_name", help="configuration of a hub id [DSC]")
     add("--unsup_coef", type=non_negative, default=27.8, help="weight of that text's loss [IGPT]")
+    flags.add_trained(parser, "actor_", 9.65e-6)
+    flags.add_trained(parser, "critic_", 5e-6)
     flags.add_training(parser, warmup=100)
     flags.add_run(parser, "output/ppo")
     args = parser.parse_args()
@@ -87,13 +93,15 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     start = time.perf_counter()
     with engine.whole(actor) as policy:
         batches = [sample(policy, batch, args.max_answer_seq_len, args.temperature, args.top_p,
-                          args.top_k) for batch in prompts]
+                          args.top_k, actor.unproven) for batch in prompts]
     sampled = time.perf_counter()
     for batch in batches:
         batch["old_logp"] = models.policy_logprobs(actor, batch, args.temperature)          # (B, R)
         batch["ref_logp"] = models.policy_logprobs(reference, batch, args.temperature)      # (B, R)
         batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
         batch["score"] = models.sequence_scores(reward_model, batch)                        # (B,)
+    if actor.unproven and not engine.proves(actor, batches):       # of the hybrid engine
+        return rollout(actor, reference, critic, reward_model, prompts, tokenizer, args)
     batch = models.stack(batches, tokenizer.pad_token_id)
     mask, logp, ref_logp, values = map(batch.get, ("mask", "old_logp", "ref_logp", "old_values"))
     ended = finished(batch, tokenizer.eos_token_id)
@@ -144,43 +152,51 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
                 actor.backward(actor_loss)
-                metrics["actor_grad_norm"] = engine.step(actor)
 
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 mask, args.value_clip, denom)
                 critic.backward(critic_loss)
-                metrics["critic_grad_norm"] = engine.step(critic)
+
+                if args.align_overflow:
+                    engine.align_overflow(actor, critic)
                 history.append({**metrics, "value_loss": critic_loss.detach(),
-                                "value_clip_frac": stats["clip_frac"]})
-            if ema is not None:
+                                "value_clip_frac": stats["clip_frac"],
+                                "actor_grad_norm": engine.step(actor),
+                                "critic_grad_norm": engine.step(critic)})
+            if ema is not None and actor.was_step_applied():
                 ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
     return {**engine.summarise(history), "first_ratio_error_max": max(errors),
-            "flops_total": 3 * args.ppo_epochs * (forward_flops(actor, [experience])
-                                                  + forward_flops(critic, [experience])),
+            "flops_total": args.ppo_epochs * sum(
+                model.passes * forward_flops(model, [experience]) for model in (actor, critic)),
             "seconds_train": time.perf_counter() - start}
 
 
 def load_models(args, tokenizer, total):
     """-> actor and critic (engines with optimizers), reference and reward model (frozen)."""
-    dtype, paths = engine.pick_dtype(args.dtype), (args.actor_model_name_or_path,
-                                                   args.critic_model_name_or_path)
-    actor, reference = (models.load_policy(paths[0], tokenizer, dtype) for _ in range(2))
-    critic, reward_model = (models.load_scalar(paths[1], tokenizer, dtype) for _ in range(2))
-    for model, path in zip((actor, critic), paths):
+    dtype = engine.pick_dtype(args.dtype)
+    start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
+    policy = partial(models.load_policy, start, tokenizer, dtype)
+    scalar = partial(models.load_scalar, scores, tokenizer, dtype)
+    actor, critic = policy(in_4bit=args.load_in_4bit), scalar()
+    for model, path in ((actor, start), (critic, scores)):
         models.check_context(model, path, args.max_prompt_seq_len + args.max_answer_seq_len)
     if args.unsupervised_dataset_name:
-        models.check_packing(actor, paths[0])
+        models.check_packing(actor, start)
     common = (args.per_device_training_batch_size,
               total * args.ppo_epochs * args.rows // args.step_rows)
-    actor = engine.train_engine(actor, args, args.actor_learning_rate, args.actor_weight_decay,
-                                args.actor_zero_stage, *common)
-    critic = engine.train_engine(critic, args, args.critic_learning_rate, args.critic_weight_decay,
-                                 args.critic_zero_stage, *common)
+    actor = engine.train_engine(actor, args, "actor_", *common)
+    critic = engine.train_engine(critic, args, "critic_", *common)
     actor.eval(), critic.eval()             # no dropout: old and new log-probs must be comparable
-    return actor, critic, engine.frozen(reference), engine.frozen(reward_model)
+    def read_only(load, trained, name):
+        stage = getattr(args, f"{name}_zero_stage")
+        return engine.frozen(load(), args, trained if stage is None else stage,
+                             getattr(args, f"offload_{name}_model"))
+    reference = lora.WithoutAdapters(actor) if args.actor_lora_dim and args.only_optimize_lora \
+        else read_only(policy, args.actor_zero_stage, "reference")
+    return actor, critic, reference, read_only(scalar, args.critic_zero_stage, "reward")
 
 
 def main():
@@ -216,11 +232,13 @@ def main():
         if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
             log.samples(step, tokenizer, experience)
 
-    engine.save(actor, tokenizer, os.path.join(args.output_dir, "actor"))
-    engine.save(critic, tokenizer, os.path.join(args.output_dir, "critic"))
+    save = lambda model, name, start: engine.save(
+        model, tokenizer, os.path.join(args.output_dir, name), args.only_optimize_lora and start)
+    save(actor, "actor", args.actor_model_name_or_path)
+    save(critic, "critic", args.critic_model_name_or_path)
     if ema is not None:
         with ema.swapped_in():
-            engine.save(actor, tokenizer, os.path.join(args.output_dir, "actor_ema"))
+            save(actor, "actor_ema", args.actor_model_name_or_path)
     log.close()
 
 

@@ -40,7 +40,7 @@ def train_step(model, micro_batches):
         history.append({"loss": loss.detach(), "grad_norm": engine.step(model),
                         **statistics(chosen.detach(), rejected.detach())})
     return {**engine.summarise(history), "tokens_total": count_tokens(micro_batches),
-            "flops_total": 3 * forward_flops(model, micro_batches)}
+            "flops_total": model.passes * forward_flops(model, micro_batches)}
 
 
 @torch.no_grad()
@@ -70,8 +70,7 @@ def main():
     model = models.load_scalar(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
                                new_head=True)
     models.check_context(model, args.model_name_or_path, args.max_seq_len)
-    model = engine.train_engine(model, args, args.learning_rate, args.weight_decay,
-                                args.zero_stage, cut[0], total)
+    model = engine.train_engine(model, args, "", cut[0], total)
     engine.seed_ranks(args.seed)
 
     log = Log(args, total, ("loss", "accuracy", "margin", "lr", "tokens_per_second"), model)
@@ -85,7 +84,8 @@ def main():
         if step % (args.eval_interval or epoch) == 0 or step == total:
             log.evaluation(step, evaluation())
 
-    engine.save(model, tokenizer, args.output_dir)
+    engine.save(model, tokenizer, args.output_dir,
+                args.only_optimize_lora and args.model_name_or_path)
     log.close()
 
 

@@ -21,6 +21,7 @@ def parse():
     parser.add_argument("--train_on_prompt", action="store_true",
                         help="prompts too, as DeepSpeed-Chat does [ours: responses only]")
     parser.add_argument("--packing", action="store_true", help="rows share sequences [ours: off]")
+    parser.add_argument("--load_in_4bit", action="store_true", help="frozen weights [QLoRA]")
     flags.add_data(parser)
     parser.add_argument("--sft_only_data_path", nargs="*", default=[],
                         help="data sets without pairs, used whole by step 1 [DSC]")
@@ -42,7 +43,7 @@ def train_step(policy, micro_batches):
         policy.backward(loss)
         history.append({"loss": loss.detach(), "grad_norm": engine.step(policy)})
     return {**engine.summarise(history), "tokens_total": count_tokens(micro_batches),
-            "flops_total": 3 * forward_flops(policy, micro_batches)}
+            "flops_total": policy.passes * forward_flops(policy, micro_batches)}
 
 
 @torch.no_grad()
@@ -72,12 +73,12 @@ def main():
     epoch = batches.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
     total = args.max_steps or epoch * args.num_train_epochs
 
-    policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype))
+    policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
+                                args.load_in_4bit)
     models.check_context(policy, args.model_name_or_path, args.max_seq_len)
     if args.packing:
         models.check_packing(policy, args.model_name_or_path)
-    policy = engine.train_engine(policy, args, args.learning_rate, args.weight_decay,
-                                 args.zero_stage, cut[0], total)
+    policy = engine.train_engine(policy, args, "", cut[0], total)
     engine.seed_ranks(args.seed)
 
     log = Log(args, total, ("loss", "grad_norm", "lr", "tokens_per_second"), policy)
@@ -92,7 +93,8 @@ def main():
         if step % (args.eval_interval or epoch) == 0 or step == total:
             log.evaluation(step, evaluation())
 
-    engine.save(policy, tokenizer, args.output_dir)
+    engine.save(policy, tokenizer, args.output_dir,
+                args.only_optimize_lora and args.model_name_or_path)
     log.close()
 
 

@@ -2,6 +2,8 @@
 DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] arXiv:1707.06347,
 [GAE] arXiv:1506.02438, [ours: why]."""
 import argparse
+import importlib
+import json
 import os
 import sys
 import tempfile
@@ -20,8 +22,14 @@ REMOVED = {flag: answer for flags, answer in {
     "print_loss": "every step's loss is in metrics.jsonl; --log_interval sets what is printed",
     "print_answers": "use --print_answers_interval N",
     "eval_iters": "the evaluation covers all held-out rows; --max_eval_rows N cuts it",
-    "unpin_actor_parameters release_inference_cache": "belongs to the hybrid engine: drop it",
+    "enable_mixed_precision_lora": "adapters have the model's dtype, masters fp32: drop it",
 }.items() for flag in flags.split()}
+
+
+# Of a --deepspeed_config, what flags decide too.
+CONFIGURED = {"gradient_accumulation_steps": "gradient_accumulation_steps",
+              "gradient_clipping": "max_grad_norm", "train_micro_batch_size_per_gpu":
+              "per_device_train_batch_size per_device_training_batch_size"}
 
 
 class InputError(Exception):
@@ -37,6 +45,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
+        if getattr(parsed, "deepspeed_config", None):          # in place of the flags' defaults
+            given = _flags_of(read_json(parsed.deepspeed_config))
+            self.set_defaults(**{name: given[name] for name in given if name in parsed})
+            parsed, unknown = self.parse_known_args(*args, **kwargs)
         for flag in (text.split("=")[0] for text in unknown if text.startswith("-")):
             self.error(f"{flag}: {REMOVED.get(flag.lstrip('-'), 'no such flag, see --help')}")
         if unknown:
@@ -74,6 +86,33 @@ def opened(function, path, what, *rest, **kwargs):
                       f"give that folder, under the name that you gave here")
         where = "" if local else " (there is no such folder, so it was sought on the hub)"
         raise InputError(f"cannot load {what} {path}{where}: {reason}") from error
+
+
+def read_json(path):
+    """A JSON file's object."""
+    def read(path):
+        with open(path) as file:
+            return {**json.load(file)}
+    return opened(read, path, "the JSON object in")
+
+
+def _flags_of(config):
+    """What a DeepSpeed configuration says, as flags."""
+    given = {flag: config[key] for key, flags in CONFIGURED.items() if key in config
+             for flag in flags.split()}
+    stage = config.get("zero_optimization", {}).get("stage", "auto")
+    given.update(dict.fromkeys(("zero_stage", "actor_zero_stage", "critic_zero_stage"), stage))
+    given.update({"dtype": name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")})
+    return {flag: str(value) for flag, value in given.items() if value != "auto"}
+
+
+def needed(package, flag, extra):
+    """Import a package that only this flag needs."""
+    try:
+        return importlib.import_module(package)
+    except Exception as error:
+        raise InputError(f"{flag} needs the package {package}: pip install -e '.[{extra}]' "
+                         f"({error})") from error
 
 
 def run(main):
@@ -130,24 +169,45 @@ def add_data(parser):
     add("--max_eval_rows", type=positive_int, default=4000, help="[ours: accuracy to one point]")
 
 
+def add_trained(parser, name, learning_rate):
+    """The flags of a model that is trained; in step 3 of the actor_ and of the critic_."""
+    def add(flag, *more, **settings):
+        group.add_argument(f"--{name}{flag}", *(f"--{name}{other}" for other in more), **settings)
+    group = parser.add_argument_group(f"{name}training")
+    add("learning_rate", "lr", type=non_negative, default=learning_rate, help="peak [DSC]")
+    add("weight_decay", type=non_negative, default=0.0, help="of matrices only [DSC]")
+    add("zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="shards more and more [DSC]")
+    add("gradient_checkpointing", action="store_true", help="recompute, do not keep [DSC]")
+    add("lora_dim", type=count, default=0, help="rank of the adapters; 0: none [DSC]")
+    add("lora_module_name", default="all-linear", help="or parts of layers' names, with commas "
+        "between [PEFT; DSC's decoder.layers. is OPT's]")
+    add("lora_learning_rate", type=non_negative, default=5e-4, help="peak, of adapters [DSC]")
+
+
 def add_training(parser, learning_rate=None, warmup=0):
     """What the scripts share; step 3 passes no learning_rate and has its own flags instead."""
     add = parser.add_argument_group("training").add_argument
     if learning_rate is not None:
-        add("--learning_rate", "--lr", type=non_negative, default=learning_rate, help="peak [DSC]")
-        add("--weight_decay", type=non_negative, default=0.0, help="of matrices only [DSC]")
         add("--per_device_train_batch_size", type=positive_int, default=16, help="rows [DSC]")
         add("--per_device_eval_batch_size", type=positive_int, default=16, help="rows [DSC]")
         add("--max_seq_len", type=at_least_2, default=512, help="tokens; long rows are cut [DSC]")
         add("--group_by_length", action="store_true", help="pads less [ours: off, steps random]")
         add("--eval_interval", type=count, default=0, help="in steps; 0: once an epoch [DSC]")
-        add("--zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage [DSC]")
+        add_trained(parser, "", learning_rate)
     add("--num_train_epochs", type=positive_int, default=1, help="passes over the data [DSC]")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches [DSC]")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="Transformers' [DSC]")
     add("--num_warmup_steps", type=count, default=warmup, help="optimizer steps [DSC]")
     add("--adam_beta2", type=open_fraction, default=0.95, help="with beta1 0.9 [DSC]")
     add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")
+    add("--lora_alpha", type=positive, help="adapters count alpha / rank [QLoRA: 2 x rank]")
+    add("--only_optimize_lora", action=argparse.BooleanOptionalAction, default=True,
+        help="else what has no adapter trains too [PEFT; DSC does that unless told otherwise]")
+    add("--offload", action="store_true", help="optimizer (stage 3: weights too) on the CPU [DSC]")
+    add("--optim", choices=("adamw", "adamw_8bit"), default="adamw", help="8: [ours: exact]")
+    add("--deepspeed_config", help="JSON file: in place of defaults, besides the flags [DSC]")
+    add("--dry_run", type=count, nargs="?", const=0, metavar="RANKS",
+        help="only say what memory it takes, on so many ranks [ours]")
     add("--max_steps", type=count, default=0,
         help="optimizer steps (step 3: iterations) in all, 0: whole epochs [ours: short runs]")
     add("--log_interval", type=positive_int, default=10, help="steps a line [ours: readable]")

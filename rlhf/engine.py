@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 import warnings
+from collections import defaultdict
+from functools import partial
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 with contextlib.redirect_stdout(io.StringIO()):
@@ -17,9 +19,11 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf import models
-from rlhf.args import InputError
+from rlhf import lora, models
+from rlhf.args import InputError, needed, read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,7 +41,8 @@ def init(args):
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        here = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & os.environ.keys()    # torchrun's, deepspeed's
+        ranks_here = int(os.environ[here.pop() if here else "WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     with hushed(args):
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False,
@@ -66,7 +71,7 @@ def quieten(level):
         transformers.utils.logging.disable_progress_bar()
     for library in (transformers.utils.logging, datasets.utils.logging):
         library.set_verbosity(getattr(logging, level.upper()))
-    for name in ("DeepSpeed", "torch.distributed"):
+    for name in ("DeepSpeed", "torch.distributed", "bitsandbytes"):
         logging.getLogger(name).setLevel(level.upper())
 
 
@@ -83,31 +88,108 @@ def pick_dtype(name):
     return DTYPES[name]
 
 
-def train_engine(model, args, learning_rate, weight_decay, zero_stage, micro_batch, total_steps):
-    """A DeepSpeed engine with AdamW (no decay for biases and norms) and a Transformers schedule."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, learning_rate, (0.9, args.adam_beta2), fused=True)
+def train_engine(model, args, name, micro_batch, total_steps):
+    """A DeepSpeed engine with AdamW (no decay for biases and norms) and a Transformers schedule.
+
+    name: what the model's flags begin with; in step 3 actor_ or critic_."""
+    of = lambda flag: getattr(args, name + flag)
+    dtype, stage, hybrid = pick_dtype(args.dtype), of("zero_stage"), _hybrid(args, name)
+    if name != "critic_" and getattr(args, "load_in_4bit", False) and \
+            (stage == 3 or not of("lora_dim")):
+        raise InputError(f"--load_in_4bit freezes a copy of the weights on every rank: give "
+                         f"--{name}lora_dim, and --{name}zero_stage 0, 1 or 2")
+    if args.offload and (not stage or args.optim != "adamw"):
+        raise InputError(f"--offload moves shards of AdamW to the CPU: give --{name}zero_stage 1, 2 "
+                         f"or 3, and no other --optim")
+    if of("lora_dim"):
+        lora.add(model, of("lora_dim"), args.lora_alpha, of("lora_module_name"),
+                 args.only_optimize_lora)
+    if of("gradient_checkpointing"):
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):    # its own way needs dropout's mode
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    groups = defaultdict(list)
+    for weight_name, weight in model.named_parameters():
+        if weight.requires_grad:
+            rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate")
+            groups[rate, of("weight_decay") if weight.ndim >= 2 else 0.0].append(weight)
+    groups = [{"params": weights, "lr": rate, "weight_decay": decay}
+              for (rate, decay), weights in groups.items()]
+    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if args.offload else \
+        needed("bitsandbytes", "--optim adamw_8bit", "4bit").optim.AdamW8bit \
+        if args.optim == "adamw_8bit" else partial(torch.optim.AdamW, fused=True)
+    optimizer = adam(groups, lr=of("learning_rate"), betas=(0.9, args.adam_beta2))
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
                                           total_steps)
-    dtype = pick_dtype(args.dtype)
+    if dtype != torch.float32:     # at stage 0, DeepSpeed 0.19.8 divides fp16 gradients by a loss
+        stage = max(stage, 1)      # scale that it never applied (its PR 8393); bf16 steps differ too
     config = {"train_micro_batch_size_per_gpu": micro_batch,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
               "gradient_clipping": args.max_grad_norm, "steps_per_print": 1 << 31,
-              "zero_optimization": {"stage": zero_stage},
-              **{name: {"enabled": dtype == DTYPES[name]} for name in ("bf16", "fp16")}}
+              "zero_allow_untested_optimizer": True, **hybrid,
+              **_memory(dtype, stage, args.offload)}
     if args.enable_tensorboard:
         path = args.tensorboard_path or os.path.join(args.output_dir, "tensorboard")
         config["tensorboard"] = {"enabled": True, "output_path": path, "job_name": ""}
+    if args.deepspeed_config:
+        _merge(config, read_json(args.deepspeed_config), args.deepspeed_config)
+    try:
+        with hushed(args):
+            engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
+                                          config=config)[0]
+    except Exception as error:
+        raise InputError(f"--enable_hybrid_engine does not suit this model: leave it out ({error})"
+                         ) from error if hybrid else error
+    if hybrid and not engine._inference_containers:
+        raise InputError(f"--enable_hybrid_engine has no kernels for {type(model).__name__}: "
+                         f"leave it out")
+    engine.unproven = bool(hybrid)                # until a rollout's log-probs have been compared
+    engine.passes = 4 if of("gradient_checkpointing") else 3    # forward, backward of twice its cost
+    return engine
+
+
+def _hybrid(args, name):
+    """The hybrid engine's part of the actor's configuration, if it is asked for."""
+    if name != "actor_" or not args.enable_hybrid_engine:
+        return {}
+    if not torch.cuda.is_available():
+        raise InputError("--enable_hybrid_engine generates with GPU kernels: leave it out here")
+    return {"hybrid_engine": {
+        "enabled": True, "max_out_tokens": args.max_prompt_seq_len + args.max_answer_seq_len,
+        "pin_parameters": not args.unpin_actor_parameters, **{name: getattr(args, name) for name in (
+            "inference_tp_size", "tp_gather_partition_size", "release_inference_cache")}}}
+
+
+def _memory(dtype, stage, offload):
+    """Where a model's weights, gradients and optimizer lie, and in what precision."""
+    zero = {"stage": stage}
+    for name in ("offload_optimizer", "offload_param")[:(stage + 1) // 2 if offload else 0]:
+        zero[name] = {"device": "cpu"}
+    return {"zero_optimization": zero,
+            **{name: {"enabled": dtype == DTYPES[name]} for name in ("bf16", "fp16")}}
+
+
+def _merge(config, given, path, where=""):
+    """--deepspeed_config into what the flags say.  InputError where they disagree."""
+    for key, value in given.items():
+        ours = config.setdefault(key, value)
+        if key in ("optimizer", "scheduler", "train_batch_size"):
+            raise InputError(f"{path}: {key} is for the flags to choose: remove it")
+        if isinstance(ours, dict) and isinstance(value, dict):
+            _merge(ours, value, path, f"{where}{key}.")
+        elif value not in (ours, "auto"):
+            raise InputError(f"{path}: {where}{key} is {value}, but the flags make it {ours}: "
+                             f"change one of them")
+
+
+def frozen(model, args=None, stage=0, offload=False):
+    """A model that is only read: reference, reward model.  Sharded at stage 3 or when offloaded."""
+    model.eval().requires_grad_(False)
+    if stage < 3 and not offload:
+        return model.to(device())
+    config = {"train_micro_batch_size_per_gpu": 1, **_memory(pick_dtype(args.dtype), 3, offload)}
     with hushed(args):
-        return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                    config=config)[0]
-
-
-def frozen(model):
-    """A model that is only read: reference, reward model."""
-    return model.to(device()).eval().requires_grad_(False)
+        return deepspeed.initialize(model=model, config=config)[0]
 
 
 def global_denom(masks):
@@ -126,16 +208,44 @@ def step(engine):
         norm = torch.nn.utils.get_total_norm(
             p.grad for p in engine.module.parameters() if p.grad is not None)
     engine.step()
+    vars(engine.optimizer).pop("check_overflow", None)
     if not last:                                     # DeepSpeed still has the step's before
         return None
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
+def proves(engine, batches, tolerance=0.05):
+    """Did the hybrid engine sample with the log-probs of the training forward?  If not, it is used
+    no more.  batches: with sampled_logp, old_logp (B, R); tolerance: nats, of the mean error."""
+    errors = torch.cat([(batch.pop("sampled_logp") - batch["old_logp"])[batch["mask"]].abs()
+                        for batch in batches])
+    total, count = all_sum(torch.stack([errors.sum(), torch.ones_like(errors).sum()]))
+    engine.unproven = False
+    if total <= tolerance * count:
+        return True
+    if rank() == 0:
+        print(f"--enable_hybrid_engine: its log-probs are off by {total / count:.3f} nats in the "
+              f"mean, over {tolerance}: generating without it", flush=True)
+    engine.module.generate = engine._generate
+    return False
+
+
+def align_overflow(*engines):
+    """Where the fp16 gradients of one overflow, let all skip their next step."""
+    optimizers = [engine.optimizer for engine in engines]
+    if engines[0].fp16_enabled() and engines[0].is_gradient_accumulation_boundary():
+        for optimizer in optimizers:
+            optimizer.check_overflow()
+        overflow = any(optimizer.overflow for optimizer in optimizers)
+        for optimizer in optimizers:                         # in place of its own check, for a step
+            optimizer.check_overflow = partial(setattr, optimizer, "overflow", overflow)
+
+
 @contextlib.contextmanager
 def whole(engine):
     """The engine's plain module with all parameters in place, gathered once under ZeRO-3."""
-    if engine.zero_optimization_stage() < 3:
-        yield engine.module
+    if engine.zero_optimization_stage() < 3 or hasattr(engine, "retake_inference_cache"):
+        yield engine.module                                  # the hybrid engine gathers them itself
         return
     offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
@@ -148,11 +258,11 @@ def whole(engine):
         offload._register_deepspeed_module(offload.module)
 
 
-def save(engine, tokenizer, path):
-    """Save an engine's model in the Hugging Face layout; rank 0 writes."""
+def save(engine, tokenizer, path, start=None):
+    """Save an engine's model in the Hugging Face layout; rank 0 writes.  start: see models.py."""
     sharded = engine.zero_optimization_stage() == 3
     weights = engine._zero3_consolidated_16bit_state_dict() if sharded else None
-    on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights))
+    on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights, start))
 
 
 def rank():

@@ -2,14 +2,17 @@
 import torch
 from transformers import GenerationConfig
 
+from rlhf.losses import token_logprobs
+
 
 @torch.no_grad()
-def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
+def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
+           keep_logp=False):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
 
     Returns them with `response_ids` and `mask` (B, R), R the longest response drawn.  The mask ends
-    with the first end-of-sequence token, included.  Always samples: of an argmax PPO's importance
-    ratio would mean nothing."""
+    with the first end-of-sequence token, included.  With keep_logp also `sampled_logp` (B, R), by
+    the logits that were sampled from.  Always samples: of an argmax PPO's ratio would mean nothing."""
     ids = model.generation_config
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id,
@@ -18,14 +21,18 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     # What stays None in `settings` would be taken from the model's own generation_config.
     kept, model.generation_config = model.generation_config, settings
     try:
-        sequences = model.generate(prompts["prompt_ids"], generation_config=settings,
-                                   attention_mask=prompts["prompt_mask"].long())
+        drawn = model.generate(prompts["prompt_ids"], generation_config=settings,
+                               attention_mask=prompts["prompt_mask"].long(),
+                               return_dict_in_generate=True, output_logits=keep_logp)
     finally:
         model.generation_config = kept
-    response = sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
+    response = drawn.sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
     ends = (response == ids.eos_token_id).int()
     mask = ends.cumsum(1) - ends == 0                     # no end before this token
-    return {**prompts, "response_ids": response.masked_fill(~mask, ids.pad_token_id), "mask": mask}
+    logp = {"sampled_logp": token_logprobs(torch.stack(drawn.logits, 1), response, temperature)} \
+        if keep_logp else {}
+    return {**prompts, "response_ids": response.masked_fill(~mask, ids.pad_token_id), "mask": mask,
+            **logp}
 
 
 def finished(batch, eos_token_id):

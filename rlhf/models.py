@@ -5,14 +5,15 @@ right-padded.  Masks come from lengths and are carried along: any token may be t
 import inspect
 import os
 import tempfile
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, GenerationConfig)
+                          AutoTokenizer, BitsAndBytesConfig, GenerationConfig)
 
-from rlhf import toy
-from rlhf.args import InputError, opened
+from rlhf import lora, toy
+from rlhf.args import InputError, needed, opened
 from rlhf.losses import token_logprobs
 
 
@@ -42,10 +43,17 @@ def load_tokenizer(path, args=None):
     return tokenizer
 
 
-def load_policy(path, tokenizer, dtype=torch.float32):
+def load_policy(path, tokenizer, dtype=torch.float32, in_4bit=False):
     """Any causal language model, ready to sample and train; "toy" is a fresh one of a million
-    parameters.  InputError that names the first weight that is missing, unexpected or misshapen."""
-    if path == "toy":
+    parameters.  In 4 bits (Dettmers et al. 2023, arXiv:2305.14314: nf4, quantised twice) only
+    adapters train.  InputError that names the first weight that is missing, unexpected, misshapen."""
+    if in_4bit:
+        needed("bitsandbytes", "--load_in_4bit", "4bit"), needed("accelerate", "--load_in_4bit", "4bit")
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)
+        model, _ = _from_pretrained(AutoModelForCausalLM, path, dtype, quantization_config=settings)
+    elif path == "toy":
         model = AutoModelForCausalLM.from_config(toy.model_config(tokenizer), dtype=dtype)
     else:
         model, _ = _from_pretrained(AutoModelForCausalLM, path, dtype)
@@ -63,8 +71,7 @@ def load_scalar(path, tokenizer, dtype=torch.float32, new_head=False):
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     else:
         allowed = (("score.",), ("lm_head.", "embed_out.")) if new_head else ((), ())
-        model, fresh = _from_pretrained(AutoModelForSequenceClassification, path, dtype, *allowed,
-                                        num_labels=1)
+        model, fresh = _from_pretrained(AutoModelForSequenceClassification, path, dtype, *allowed)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise InputError(f"{path}: {type(model).__name__} has no linear head named score, so it "
                          f"can be no reward model: use a decoder-only language model")
@@ -133,20 +140,31 @@ def stack(batches, pad_token_id):
     return {name: torch.cat([widen(name, b[name]) for b in batches]) for name in batches[0]}
 
 
-def save_model(model, tokenizer, path, state_dict=None):
+def save_model(model, tokenizer, path, state=None, start=None):
     """Write safetensors weights, config, generation_config and tokenizer to the folder `path`.
 
     They are written to a temporary folder inside and renamed one by one: an interrupted save leaves
-    the previous model.  `state_dict` stands in for weights that are sharded."""
+    the previous model.  `state` stands in for weights that are sharded.  Of a model with adapters
+    the merged weights are written, and to `path`/adapter what they add to the model `start`."""
     classifier = getattr(model, "classifier", model)
-    if state_dict is not None and classifier is not model:
-        state_dict = {name.removeprefix("classifier."): w for name, w in state_dict.items()}
+    if getattr(classifier, "hf_quantizer", None):
+        model.state_dict()                         # undoes the order in which CPU kernels want 4 bits
+        classifier.dequantize()
+    state = state or model.state_dict()
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as folder:
-        classifier.save_pretrained(folder, state_dict=state_dict)
+        if lora.layers(model):
+            if start:
+                lora.save_adapter(model, state, os.path.join(folder, "adapter"), start)
+            state = lora.merge(model, state)
+        state = {name.removeprefix("classifier."): weight for name, weight in state.items()}
+        classifier.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-        for name in sorted(os.listdir(folder), key="config.json".__eq__):
-            os.replace(os.path.join(folder, name), os.path.join(path, name))
+        new = [file for file in Path(folder).rglob("*") if file.is_file()]
+        for file in sorted(new, key=lambda file: file.name == "config.json"):
+            target = Path(path, file.relative_to(folder))
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
 
 
 def check_same_vocabulary(path, tokenizer, other_path):
@@ -203,9 +221,10 @@ def _apart(model, position_ids):
 
 def _from_pretrained(kind, path, dtype, missing=(), unexpected=(), **kwargs):
     """Strict loading, but for weights of these prefixes -> the model, was any weight missing?"""
-    config = opened(AutoConfig.from_pretrained, path, "the configuration of", **kwargs)
+    config = opened(AutoConfig.from_pretrained, path, "the configuration of")
+    config.num_labels = 1                                          # means something to classifiers
     model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=dtype,
-                           output_loading_info=True, ignore_mismatched_sizes=True)
+                           output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
         names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
         if names:

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +23,8 @@ from transformers import (
     Qwen2Config,
 )
 
+import train_rm
+from rlhf import args as flags
 from rlhf import render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +77,7 @@ SPECIALS = {
     "unk": {"eos_token": "</s>", "unk_token": "<unk>"},
 }
 WORDS = [f"w{i}" for i in range(30)]
+SMALL = dict(max_eval_rows=40, log_interval=1, max_seq_len=32)
 
 
 def make_tokenizer(specials="own pad", family=None):
@@ -95,24 +99,26 @@ def make_tokenizer(specials="own pad", family=None):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIALS[specials])
 
 
+def make_model(folder, family="llama", specials="own pad", seed=0, **config):
+    """A saved causal language model with its tokenizer, as people download them."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(specials, family)
+    settings = FAMILIES[family](len(tokenizer))
+    settings.update(config)
+    model = AutoModelForCausalLM.from_config(settings)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def model_folder(tmp_path):
-    """model_folder(family, specials) -> a saved causal language model with its tokenizer, as people
-    download them."""
-
-    def make(family="llama", specials="own pad", name="start", seed=0):
-        torch.manual_seed(seed)
-        tokenizer = make_tokenizer(specials, family)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family](len(tokenizer)))
-        model.config.pad_token_id, model.config.eos_token_id = (
-            tokenizer.pad_token_id,
-            tokenizer.eos_token_id,
-        )
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        return str(tmp_path / name)
-
-    return make
+    """model_folder(family, specials) -> a folder of make_model's."""
+    return lambda family="llama", specials="own pad", name="start", seed=0, **config: make_model(
+        tmp_path / name, family, specials, seed, **config
+    )
 
 
 def run_script(script, *flags, ranks=1, launcher="python", timeout=240, env=None):
@@ -168,3 +174,78 @@ def metrics(folder):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def to_flags(**settings):
+    """lr=1, enable_ema=True -> --lr 1 --enable_ema."""
+    pairs = [[f"--{name}"] + ([] if value is True else [value]) for name, value in settings.items()]
+    return [str(text) for pair in pairs for text in pair]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(script, flags) runs a script's main() in this process -> exit code, its stderr."""
+
+    def run(script, *arguments, **settings):
+        settings = {"data_output_path": tmp_path / "cache", **settings}
+        monkeypatch.setattr(
+            sys, "argv", [f"{script.__name__}.py", *arguments, *to_flags(**settings)]
+        )
+        code = 0
+        try:
+            flags.run(script.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def world(tmp_path, model_folder):
+    """A tiny actor, and a data set whose preferred responses begin with w1."""
+
+    def pair(i):
+        prompt = f"w{i % 30} w{i // 30} w{i % 7}"
+        return {"prompt": prompt, "chosen": f" w1 w{i % 11}", "rejected": f" w2 w{i % 13}"}
+
+    (tmp_path / "pairs").mkdir()
+    write_jsonl(tmp_path / "pairs" / "train.jsonl", [pair(i) for i in range(400)])
+    write_jsonl(tmp_path / "pairs" / "test.jsonl", [pair(i) for i in range(400, 440)])
+    data = str(tmp_path / "pairs")
+    return {"data": data, "actor": model_folder("llama"), "out": tmp_path / "out"}
+
+
+@pytest.fixture
+def start(world):
+    """What steps 1 and 2 are started with."""
+    return dict(model_name_or_path=world["actor"], data_path=world["data"], **SMALL)
+
+
+@pytest.fixture
+def reward_model(world, start, call):
+    code, error = call(train_rm, **start, lr=5e-3, output_dir=world["out"] / "rm")
+    assert code == 0, error
+    return str(world["out"] / "rm")
+
+
+@pytest.fixture
+def ppo(world, reward_model):
+    """ppo(name, flags) -> step 3's flags, to write to folder `name`."""
+
+    def make(name, **changes):
+        rows = dict(per_device_generation_batch_size=16, per_device_training_batch_size=16)
+        lengths = dict(max_prompt_seq_len=16, max_answer_seq_len=8)
+        paths = dict(
+            actor_model_name_or_path=world["actor"],
+            critic_model_name_or_path=reward_model,
+            data_path=world["data"],
+            output_dir=world["out"] / name,
+        )
+        return {**paths, **rows, **lengths, "num_warmup_steps": 0, "max_steps": 3, **changes}
+
+    return make
+
+
+def weights(folder):
+    return load_file(os.path.join(folder, "model.safetensors"))

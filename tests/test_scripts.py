@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import train_ppo
@@ -17,88 +16,12 @@ import train_rm
 import train_sft
 from rlhf import args as flags
 from rlhf import losses
-from tests.conftest import SHARED, metrics, run_script, write_jsonl
+from tests.conftest import SHARED, SMALL, metrics, run_script, to_flags, weights, write_jsonl
 
-SMALL = dict(max_eval_rows=40, log_interval=1, max_seq_len=32)
 METRICS = """step score kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
     policy_loss value_loss value_clip_frac explained_variance return_mean advantage_mean
     response_length eos_rate actor_grad_norm critic_grad_norm actor_lr critic_lr seconds
     seconds_generate seconds_score seconds_train tokens_per_second tflops first_ratio_error_max"""
-
-
-def to_flags(**settings):
-    """lr=1, enable_ema=True -> --lr 1 --enable_ema."""
-    pairs = [[f"--{name}"] + ([] if value is True else [value]) for name, value in settings.items()]
-    return [str(text) for pair in pairs for text in pair]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """call(script, flags) runs a script's main() in this process -> exit code, its stderr."""
-
-    def run(script, *arguments, **settings):
-        settings = {"data_output_path": tmp_path / "cache", **settings}
-        monkeypatch.setattr(
-            sys, "argv", [f"{script.__name__}.py", *arguments, *to_flags(**settings)]
-        )
-        code = 0
-        try:
-            flags.run(script.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    return run
-
-
-@pytest.fixture
-def world(tmp_path, model_folder):
-    """A tiny actor, and a data set whose preferred responses begin with w1."""
-
-    def pair(i):
-        prompt = f"w{i % 30} w{i // 30} w{i % 7}"
-        return {"prompt": prompt, "chosen": f" w1 w{i % 11}", "rejected": f" w2 w{i % 13}"}
-
-    (tmp_path / "pairs").mkdir()
-    write_jsonl(tmp_path / "pairs" / "train.jsonl", [pair(i) for i in range(400)])
-    write_jsonl(tmp_path / "pairs" / "test.jsonl", [pair(i) for i in range(400, 440)])
-    data = str(tmp_path / "pairs")
-    return {"data": data, "actor": model_folder("llama"), "out": tmp_path / "out"}
-
-
-@pytest.fixture
-def start(world):
-    """What steps 1 and 2 are started with."""
-    return dict(model_name_or_path=world["actor"], data_path=world["data"], **SMALL)
-
-
-@pytest.fixture
-def reward_model(world, start, call):
-    code, error = call(train_rm, **start, lr=5e-3, output_dir=world["out"] / "rm")
-    assert code == 0, error
-    return str(world["out"] / "rm")
-
-
-@pytest.fixture
-def ppo(world, reward_model):
-    """ppo(name, flags) -> step 3's flags, to write to folder `name`."""
-
-    def make(name, **changes):
-        rows = dict(per_device_generation_batch_size=16, per_device_training_batch_size=16)
-        lengths = dict(max_prompt_seq_len=16, max_answer_seq_len=8)
-        paths = dict(
-            actor_model_name_or_path=world["actor"],
-            critic_model_name_or_path=reward_model,
-            data_path=world["data"],
-            output_dir=world["out"] / name,
-        )
-        return {**paths, **rows, **lengths, "num_warmup_steps": 0, "max_steps": 3, **changes}
-
-    return make
-
-
-def weights(folder):
-    return load_file(os.path.join(folder, "model.safetensors"))
 
 
 # learning

@@ -1,0 +1,153 @@
+"""Run by the launcher: one optimizer step of every script on the same eight rows, cut and sharded in
+every way.  cuts.py OUT POLICY REWARD_MODEL writes the steps to OUT.
+
+The rows' lengths differ widely.  PPO is fed the same rollout.  In the step `naive` each micro-batch
+is averaged over its own tokens, as one would write it first."""
+
+import copy
+import sys
+from functools import partial
+
+import torch
+
+import train_ppo
+import train_rm
+import train_sft
+from rlhf import batches, engine, lora, models
+from rlhf.ema import EMA
+from tests.conftest import rows_of
+
+ROWS = 8
+LENGTHS = [
+    (3, 1, 9),
+    (9, 12, 1),
+    (1, 5, 2),
+    (7, 2, 4),
+    (2, 20, 3),
+    (5, 1, 11),
+    (4, 3, 6),
+    (8, 7, 2),
+]
+TEXTS = [
+    tuple(" " + " ".join(f"w{(i + j * k) % 30}" for j in range(n)) for k, n in enumerate(row, 1))
+    for i, row in enumerate(LENGTHS)
+]
+MODULES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
+
+
+def parsed(module, **settings):
+    sys.argv = ["train", *(f"--{name}={value}" for name, value in settings.items() if value != "")]
+    sys.argv += [f"--{name}" for name, value in settings.items() if value == ""]
+    return module.parse()
+
+
+def mine(tokenizer, micro, responses):
+    """This rank's micro-batches of the eight rows."""
+    rows = rows_of(tokenizer, TEXTS)
+    share = rows[engine.rank() :: engine.world_size()]
+    cut = [share[i : i + micro] for i in range(0, len(share), micro)]
+    return [batches.collate(tokenizer, part, responses) for part in cut]
+
+
+def experience(tokenizer, micro):
+    """The same rollout for everyone: made up, from each row's own seed."""
+    batch = models.stack(mine(tokenizer, ROWS, ("chosen",)), tokenizer.pad_token_id)
+    numbers = {}
+    for name in ("old_logp", "advantages", "old_values", "returns"):
+        numbers[name] = torch.zeros(batch["mask"].shape)
+        for i in range(len(batch["mask"])):
+            seed = 97 * (engine.rank() + i * engine.world_size()) + len(name)
+            draw = torch.randn(32, generator=torch.Generator().manual_seed(seed))
+            numbers[name][i] = draw[: batch["mask"].shape[1]] - 3.0 * (name == "old_logp")
+    return {**batch, **numbers}
+
+
+def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
+    """-> metrics, the weights before and after, and the average with decay 0.5."""
+    accumulation = ROWS // engine.world_size() // micro
+    common = dict(gradient_accumulation_steps=accumulation, dtype=dtype, max_grad_norm=0.3)
+    common.update(lr_scheduler_type="constant", **more)
+    torch.manual_seed(1)
+    tokenizer = models.load_tokenizer(paths[0])
+    weights = engine.DTYPES[dtype]
+    if kind == "ppo":
+        rows = dict(
+            per_device_generation_batch_size=micro * accumulation,
+            per_device_training_batch_size=micro,
+            num_warmup_steps=0,
+        )
+        rates = dict(actor_lr=1e-3, critic_lr=1e-3, actor_lora_dim=lora_dim)
+        stages = dict(actor_zero_stage=stage, critic_zero_stage=stage)
+        args = parsed(train_ppo, **rows, **rates, **stages, **common)
+        actor = models.load_policy(paths[0], tokenizer, weights)
+        critic = models.load_scalar(paths[1], tokenizer, weights)
+        actor, critic = (
+            engine.train_engine(model, args, name, micro, 10)
+            for model, name in ((actor, "actor_"), (critic, "critic_"))
+        )
+        actor.eval(), critic.eval()
+        engines, train = [actor, critic], partial(train_ppo.ppo_update, actor, critic)
+        batch = experience(tokenizer, micro)
+        run = partial(train, batch, args)
+    else:
+        module = MODULES[kind]
+        args = parsed(module, lr=1e-3, zero_stage=stage, lora_dim=lora_dim, **common)
+        if kind == "sft":
+            model = models.load_policy(paths[0], tokenizer, weights)
+            responses = ("chosen",)
+        else:
+            model = models.load_scalar(paths[1], tokenizer, weights)
+            responses = ("chosen", "rejected")
+        engines = [engine.train_engine(model, args, "", micro, 10)]
+        run = partial(module.train_step, engines[0], mine(tokenizer, micro, responses))
+    before = full(engines[0])
+    ema = EMA(engines[0].module, 0.5)
+    found = engine.reduce_metrics(run())
+    if kind != "ppo" or engines[0].was_step_applied():
+        ema.update()
+    after = [full(e) for e in engines]
+    with ema.swapped_in():
+        average = full(engines[0])
+    return {"metrics": found, "before": before, "after": after, "average": average}
+
+
+def full(trained):
+    """Rank 0: every weight of an engine, in fp32; others: nothing."""
+    sharded = trained.zero_optimization_stage() == 3
+    state = trained._zero3_consolidated_16bit_state_dict() if sharded else None
+    if engine.rank() != 0:
+        return None
+    state = copy.deepcopy(state or trained.module.state_dict())
+    if lora.layers(trained.module):
+        state = lora.merge(trained.module, state)
+    return {name: weight.float() for name, weight in state.items()}
+
+
+def main():
+    out, *paths = [text for text in sys.argv[1:] if not text.startswith("--local_rank")]
+    engine.init(parsed(train_sft))
+    many, one = {1: [8, 1], 2: [4, 2]}[engine.world_size()]
+    take, steps = partial(step, paths=paths), {}
+    for kind in MODULES:
+        for stage in range(4):
+            for micro in (many, one) if stage in (0, 3) else (many,):
+                steps[kind, stage, micro] = take(kind, stage=stage, micro=micro)
+    for kind in ("sft", "ppo"):
+        for stage in (0, 3):
+            steps[kind, stage, "lora"] = take(kind, stage=stage, micro=many, lora_dim=2)
+    for stage in range(4):
+        steps["sft", stage, "bf16"] = take("sft", stage=stage, micro=many, dtype="bf16")
+    for stage in (1, 2, 3):
+        steps["sft", stage, "offload"] = take("sft", stage=stage, micro=many, offload="")
+    for stage in (0, 3):
+        name, flag = "checkpointing", {"gradient_checkpointing": ""}
+        steps["sft", stage, name] = take("sft", stage=stage, micro=many, **flag)
+    masked_mean = train_sft.masked_mean
+    train_sft.masked_mean = lambda x, mask, denom: masked_mean(x, mask)
+    steps["sft", 0, "naive"] = take("sft", stage=0, micro=many)
+    if engine.rank() == 0:
+        torch.save(steps, out)
+
+
+if __name__ == "__main__":
+    main()

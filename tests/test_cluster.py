@@ -1,0 +1,146 @@
+"""The same numbers everywhere: every cut of a batch, every ZeRO stage, through the real launcher."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_ppo
+from rlhf import models
+from tests.conftest import ROOT, make_model, metrics, run_script, to_flags
+
+COUNTED = {"loss", "grad_norm", "accuracy", "margin", "policy_loss", "value_loss", "ratio_mean"}
+COUNTED |= {"ratio_max", "clip_frac", "actor_grad_norm", "critic_grad_norm", "approx_kl"}
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """The steps that tests/cuts.py took on one rank and on two."""
+    folder, env = (
+        tmp_path_factory.mktemp("cuts"),
+        {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
+    )
+    policy = make_model(folder / "policy", "opt", dropout=0.0)
+    tokenizer = models.load_tokenizer(policy)
+    model = models.load_scalar(policy, tokenizer, new_head=True)
+    models.save_model(model, tokenizer, folder / "rm")
+
+    def launch(ranks):
+        paths = (folder / f"{ranks}", policy, folder / "rm")
+        done = run_script("tests/cuts.py", *paths, ranks=ranks, launcher="deepspeed", env=env)
+        assert done.returncode == 0, done.stderr
+        return torch.load(paths[0])
+
+    return {1: launch(1), 2: launch(2)}
+
+
+def distance(one, two):
+    """The largest relative distance of two steps: their metrics, all updated weights as vectors."""
+    shared = COUNTED & set(one["metrics"])
+    assert shared & {"loss", "policy_loss"} and set(one["metrics"]) == set(two["metrics"])
+    far = [abs(one["metrics"][n] - two["metrics"][n]) / abs(two["metrics"][n]) for n in shared]
+    for a, b in zip(one["after"], two["after"]):
+        assert set(a) == set(b)
+        a, b = (torch.cat([state[n].flatten() for n in sorted(b)]).double() for state in (a, b))
+        far.append(((a - b).norm() / b.norm()).item())
+    return max(far)
+
+
+def test_every_cut_and_every_zero_stage_takes_the_same_step(steps):
+    for kind in ("sft", "rm", "ppo"):
+        whole = steps[1][kind, 0, 8]
+        assert distance({**whole, "after": [whole["before"]]}, whole) > 1e-4  # it did move
+        cuts = [(n, key) for n in steps for key in steps[n] if key[0] == kind]
+        cuts = [(n, key) for n, key in cuts if isinstance(key[2], int)]
+        assert {(n, key[2]) for n, key in cuts} == {(1, 8), (1, 1), (2, 4), (2, 2)}
+        assert {key[1] for _, key in cuts} == {0, 1, 2, 3}
+        for n, key in cuts:
+            assert distance(steps[n][key], whole) < 1e-5, (n, key)
+
+
+def test_the_naive_mean_of_means_depends_on_the_cut(steps):
+    """The negative control: what the one global mean is for."""
+    assert distance(steps[2]["sft", 0, "naive"], steps[1]["sft", 0, "naive"]) > 1e-3
+
+
+@pytest.mark.parametrize("kind,stages", [("sft", (0, 3)), ("ppo", (0, 3))])
+def test_adapters_take_the_same_step_on_two_ranks_and_sharded(steps, kind, stages):
+    whole = steps[1][kind, 0, "lora"]
+    for ranks in (1, 2):
+        for stage in stages:
+            assert distance(steps[ranks][kind, stage, "lora"], whole) < 1e-5
+
+
+def test_offload_and_checkpointing_change_nothing(steps):
+    whole = steps[1]["sft", 0, 8]
+    keys = [key for key in steps[2] if key[2] in ("offload", "checkpointing")]
+    assert len(keys) == 5
+    for ranks in (1, 2):
+        for key in keys:
+            assert distance(steps[ranks][key], whole) < 1e-5, (ranks, key)
+
+
+def test_bf16_takes_the_same_step_at_every_stage_and_nearly_the_same_on_two_ranks(steps):
+    """On one rank to the bit; on two, gradients are summed in bf16."""
+    whole = steps[1]["sft", 1, "bf16"]
+    for stage in range(4):
+        assert distance(steps[1]["sft", stage, "bf16"], whole) < 1e-6
+        assert distance(steps[2]["sft", stage, "bf16"], whole) < 0.02
+    assert distance(whole, steps[1]["sft", 0, 8]) < 0.02
+
+
+def test_the_average_moves_half_way_under_every_stage_and_dtype(steps):
+    """Its decay is 0.5 here, over one step."""
+    for ranks in (1, 2):
+        for key, step in steps[ranks].items():
+            before, after, average = step["before"], step["after"][0], step["average"]
+            bf16 = key[2] == "bf16"
+            moved = 0.0
+            for name in before:
+                if key[2] != "lora":  # merged weights are no linear function of A and B
+                    half = (before[name] + after[name]) / 2
+                    # bf16: the shadow is fp32, but is written into bf16 weights
+                    assert torch.allclose(average[name], half, rtol=1e-2 * bf16, atol=1e-6), key
+                moved = max(moved, (average[name] - before[name]).abs().max().item())
+            same = all(torch.equal(average[name], after[name]) for name in after)
+            assert moved > 1e-5 and not same, (ranks, key)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_two_nodes_are_two_launchers_and_one_run(ppo, world, call, tmp_path):
+    """As README says: the same command on each node, with its --node_rank."""
+    common = dict(top_k=1, max_steps=2, data_output_path=tmp_path / "cache", actor_zero_stage=3)
+    common.update(actor_lr=1e-3, critic_lr=1e-3)
+    assert call(train_ppo, **ppo("one", **common))[0] == 0
+    half = dict(per_device_generation_batch_size=8, per_device_training_batch_size=8)
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    start = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_ssh", "--quiet"]
+    start += ["--hostfile", str(tmp_path / "hosts"), "--master_addr", "127.0.0.1"]
+    start += ["--master_port", str(free_port())]
+    flags = to_flags(**ppo("two", **{**common, **half}))
+    nodes = [
+        subprocess.Popen(
+            [*start, f"--node_rank={rank}", "train_ppo.py", *flags],
+            cwd=ROOT,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    errors = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    one, two = metrics(world["out"] / "one"), metrics(world["out"] / "two")
+    assert len(one) == len(two) == 2
+    for name in ("score", "return_mean", "value_loss", "actor_grad_norm", "critic_grad_norm"):
+        for a, b in zip(one, two):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
