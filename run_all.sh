@@ -5,8 +5,8 @@
 #   ACTOR=facebook/opt-1.3b CRITIC=facebook/opt-350m DATA=Dahoas/rm-static NUM_GPUS=8 \
 #       bash run_all.sh     other models and data, with DeepSpeed-Chat's settings for that pair
 #
-# Also: OUTPUT, SEED, SPLIT (--data_split), ZERO_STAGE (other models only), DTYPE, MASTER_PORT (one a
-# run at a time); SFT_FLAGS, RM_FLAGS, PPO_FLAGS, EVAL_FLAGS are added to the commands, and win.
+# Also: OUTPUT, SEED, SPLIT (--data_split), ZERO_STAGE (other models), DTYPE, MASTER_PORT (one a run);
+# SFT_FLAGS, RM_FLAGS, PPO_FLAGS, EVAL_FLAGS are added to the commands, and win.
 set -euo pipefail
 cd "$(dirname "$0")"
 ACTOR=${ACTOR:-toy} DATA=${DATA:-toy} NUM_GPUS=${NUM_GPUS:-1}
@@ -26,11 +26,8 @@ else
     CRITIC=${CRITIC:-facebook/opt-350m} SPLIT=${SPLIT:-2,4,4} ZERO_STAGE=${ZERO_STAGE:-2}
     sft="--learning_rate 9.65e-6 --num_train_epochs 16 --per_device_train_batch_size 8
          --per_device_eval_batch_size 8 --zero_stage $ZERO_STAGE"
-    rm="--learning_rate 5e-5 --weight_decay 0.1 --per_device_train_batch_size 4
-        --per_device_eval_batch_size 4 --zero_stage 0"
-    ppo="--actor_lr 9.65e-6 --critic_lr 5e-6 --num_warmup_steps 100
-         --per_device_generation_batch_size 4 --per_device_training_batch_size 4
-         --max_prompt_seq_len 256 --max_answer_seq_len 256
+    rm="--weight_decay 0.1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4"
+    ppo="--per_device_generation_batch_size 4 --per_device_training_batch_size 4
          --actor_zero_stage $ZERO_STAGE --critic_zero_stage $ZERO_STAGE"
     evaluation="--best_of 4 16 --batch_size 32"
 fi

@@ -28,13 +28,11 @@ from rlhf.losses import (gae, kl_estimate, masked_mean, masked_moments, policy_l
 def parse():
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
-    add("--actor_model_name_or_path", default="output/sft",
-        help="step 1's model, with which actor and reference start [ours: its output]")
-    add("--critic_model_name_or_path", default="output/rm",
-        help="step 2's model, with which critic and reward model start [ours: its output]")
+    add("--actor_model_name_or_path", default="output/sft", help="and reference: of step 1 [ours]")
+    add("--critic_model_name_or_path", default="output/rm", help="and reward: of step 2 [ours]")
     add("--load_in_4bit", action="store_true", help="the actor's frozen weights [QLoRA]")
     for name in ("reference", "reward"):
-        add(f"--{name}_zero_stage", type=int, choices=(0, 3), help="else the trained one's [ours]")
+        add(f"--{name}_zero_stage", type=int, choices=(0, 3), help="or the trained one's [DSC]")
         add(f"--offload_{name}_model", action="store_true", help="keep on the CPU [DSC]")
     add("--enable_ema", action="store_true", help="keep and save an average of the actor [DSC]")
     add("--ema_decay", type=open_fraction, default=0.992, help="an optimizer step [DSC, constant]")
@@ -48,11 +46,6 @@ def parse():
     add("--top_p", type=probability, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
     add("--top_k", type=count, default=0, help="likeliest tokens; 0: all [ours: unbiased]")
     add("--print_answers_interval", type=count, default=50, help="iterations; 0: never [ours]")
-    add("--enable_hybrid_engine", action="store_true", help="DeepSpeed's kernels, on GPUs [DSC]")
-    add("--inference_tp_size", type=positive_int, default=1, help="its tensor parallelism [DSC]")
-    add("--tp_gather_partition_size", type=positive_int, default=8, help="layers gathered [DSC]")
-    add("--unpin_actor_parameters", action="store_true", help="gather by layer [DSC]")
-    add("--release_inference_cache", action="store_true", help="after each rollout [DSC]")
     add = parser.add_argument_group("reward").add_argument
     add("--kl_coef", type=non_negative, default=0.1, help="price of the KL [DSC, constant]")
     add("--kl_estimator", choices=("k1", "k2", "k3"), default="k1", help="[DSC, constant]")
@@ -78,30 +71,26 @@ def parse():
     args.rows = args.per_device_generation_batch_size * args.generation_batches
     args.step_rows = args.per_device_training_batch_size * args.gradient_accumulation_steps
     if args.rows % args.step_rows:
-        parser.error(f"a rollout of {args.rows} rows (generation batch size x generation batches) "
-                     f"does not divide into steps of {args.step_rows} rows (training batch size x "
-                     f"accumulation)")
+        parser.error(f"a rollout of {args.rows} rows (generation batch size x batches) does not "
+                     f"divide into steps of {args.step_rows} (training batch size x accumulation)")
     return args
 
 
 @torch.no_grad()
 def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     """Sample a response to every prompt, score it, estimate advantages -> experience, metrics.
-
     prompts: a list of batches.  The experience is one batch (see models.py) with old_logp,
     ref_logp, old_values, advantages, returns (B, R) fp32 and score, kl (B,)."""
     start = time.perf_counter()
     with engine.whole(actor) as policy:
         batches = [sample(policy, batch, args.max_answer_seq_len, args.temperature, args.top_p,
-                          args.top_k, actor.unproven) for batch in prompts]
+                          args.top_k) for batch in prompts]
     sampled = time.perf_counter()
     for batch in batches:
         batch["old_logp"] = models.policy_logprobs(actor, batch, args.temperature)          # (B, R)
         batch["ref_logp"] = models.policy_logprobs(reference, batch, args.temperature)      # (B, R)
         batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
         batch["score"] = models.sequence_scores(reward_model, batch)                        # (B,)
-    if actor.unproven and not engine.proves(actor, batches):       # of the hybrid engine
-        return rollout(actor, reference, critic, reward_model, prompts, tokenizer, args)
     batch = models.stack(batches, tokenizer.pad_token_id)
     mask, logp, ref_logp, values = map(batch.get, ("mask", "old_logp", "ref_logp", "old_values"))
     ended = finished(batch, tokenizer.eos_token_id)
@@ -131,7 +120,6 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
 
 def ppo_update(actor, critic, experience, args, ema=None, text=None):
     """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
-
     Actor and critic take one optimizer step a minibatch.  The new log-probs come from the same
     forward, in the same mode, as the old ones, so that the first ratio is 1 up to rounding."""
     start, history = time.perf_counter(), []
@@ -152,6 +140,8 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
                 actor.backward(actor_loss)
+                if not args.align_overflow:
+                    metrics["actor_grad_norm"] = engine.step(actor)
 
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
@@ -160,9 +150,9 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
 
                 if args.align_overflow:
                     engine.align_overflow(actor, critic)
+                    metrics["actor_grad_norm"] = engine.step(actor)
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
-                                "actor_grad_norm": engine.step(actor),
                                 "critic_grad_norm": engine.step(critic)})
             if ema is not None and actor.was_step_applied():
                 ema.update()
@@ -190,25 +180,21 @@ def load_models(args, tokenizer, total):
     actor = engine.train_engine(actor, args, "actor_", *common)
     critic = engine.train_engine(critic, args, "critic_", *common)
     actor.eval(), critic.eval()             # no dropout: old and new log-probs must be comparable
-    def read_only(load, trained, name):
-        stage = getattr(args, f"{name}_zero_stage")
-        return engine.frozen(load(), args, trained if stage is None else stage,
-                             getattr(args, f"offload_{name}_model"))
     reference = lora.WithoutAdapters(actor) if args.actor_lora_dim and args.only_optimize_lora \
-        else read_only(policy, args.actor_zero_stage, "reference")
-    return actor, critic, reference, read_only(scalar, args.critic_zero_stage, "reward")
+        else engine.frozen(policy(), args, "reference", args.actor_zero_stage)
+    return actor, critic, reference, engine.frozen(scalar(), args, "reward", args.critic_zero_stage)
 
 
 def main():
     args = parse()
-    flags.check_made(args.actor_model_name_or_path, "train_sft.py", "--actor_model_name_or_path")
-    flags.check_made(args.critic_model_name_or_path, "train_rm.py", "--critic_model_name_or_path")
+    start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
+    flags.check_made(start, "train_sft.py", "--actor_model_name_or_path")
+    flags.check_made(scores, "train_rm.py", "--critic_model_name_or_path")
     flags.check_writable(args.output_dir)
     engine.init(args)
 
-    tokenizer = models.load_tokenizer(args.actor_model_name_or_path, args)
-    models.check_same_vocabulary(args.actor_model_name_or_path, tokenizer,
-                                 args.critic_model_name_or_path)
+    tokenizer = models.load_tokenizer(start, args)
+    models.check_same_vocabulary(start, tokenizer, scores)
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
     cut = (args.per_device_generation_batch_size, args.generation_batches)
@@ -234,11 +220,10 @@ def main():
 
     save = lambda model, name, start: engine.save(
         model, tokenizer, os.path.join(args.output_dir, name), args.only_optimize_lora and start)
-    save(actor, "actor", args.actor_model_name_or_path)
-    save(critic, "critic", args.critic_model_name_or_path)
+    save(actor, "actor", start), save(critic, "critic", scores)
     if ema is not None:
         with ema.swapped_in():
-            save(actor, "actor_ema", args.actor_model_name_or_path)
+            save(actor, "actor_ema", start)
     log.close()
 
 

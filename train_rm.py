@@ -16,7 +16,6 @@ from rlhf.losses import bradley_terry_loss
 
 def parse():
     parser = flags.Parser(__doc__)
-    flags.add_model(parser)
     flags.add_data(parser)
     flags.add_training(parser, learning_rate=5e-5)
     flags.add_run(parser, "output/rm")

@@ -4,20 +4,17 @@
     deepspeed --num_gpus 8 train_sft.py --model_name_or_path facebook/opt-1.3b \\
         --data_path Dahoas/rm-static --learning_rate 9.65e-6 --num_train_epochs 16 --zero_stage 2
 """
-import math
 from functools import partial
-
-import torch
 
 from rlhf import args as flags
 from rlhf import batches, data, engine, models
+from rlhf.evaluate import perplexity
 from rlhf.log import Log, count_tokens, forward_flops
 from rlhf.losses import masked_mean
 
 
 def parse():
     parser = flags.Parser(__doc__)
-    flags.add_model(parser)
     parser.add_argument("--train_on_prompt", action="store_true",
                         help="prompts too, as DeepSpeed-Chat does [ours: responses only]")
     parser.add_argument("--packing", action="store_true", help="rows share sequences [ours: off]")
@@ -46,18 +43,6 @@ def train_step(policy, micro_batches):
             "flops_total": policy.passes * forward_flops(policy, micro_batches)}
 
 
-@torch.no_grad()
-def evaluate(policy, rows, collate, batch_size):
-    """Perplexity of the held-out responses: exp of the mean negative log-likelihood per token."""
-    policy.eval()
-    sums = []
-    for batch in batches.eval_batches(rows, collate, batch_size):
-        logp = models.policy_logprobs(policy, batch).masked_fill(~batch["mask"], 0)
-        sums.append(torch.stack([logp.sum(1), batch["mask"].sum(1)], 1))            # (B, 2)
-    logp, tokens = engine.gather_rows(torch.cat(sums), len(rows)).double().sum(0).tolist()
-    return {"eval_perplexity": math.exp(min(-logp / tokens, 700))}
-
-
 def main():
     args = parse()
     flags.check_writable(args.output_dir)
@@ -82,8 +67,8 @@ def main():
     engine.seed_ranks(args.seed)
 
     log = Log(args, total, ("loss", "grad_norm", "lr", "tokens_per_second"), policy)
-    evaluation = partial(evaluate, policy, held_out, to_eval_batch,
-                         args.per_device_eval_batch_size)
+    evaluation = lambda: {"eval_perplexity": perplexity(
+        policy, held_out, to_eval_batch, args.per_device_eval_batch_size)}
     log.evaluation(0, evaluation())
     for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
                                                        args.group_by_length):

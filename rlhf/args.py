@@ -3,14 +3,12 @@ DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] ar
 [GAE] arXiv:1506.02438, [ours: why]."""
 import argparse
 import importlib
-import json
 import os
 import sys
 import tempfile
 import time
 
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
-             "constant_with_warmup")
+SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
 
 # DeepSpeed-Chat's flags that we do without, and what to use instead.
 REMOVED = {flag: answer for flags, answer in {
@@ -22,14 +20,10 @@ REMOVED = {flag: answer for flags, answer in {
     "print_loss": "every step's loss is in metrics.jsonl; --log_interval sets what is printed",
     "print_answers": "use --print_answers_interval N",
     "eval_iters": "the evaluation covers all held-out rows; --max_eval_rows N cuts it",
+    "enable_hybrid_engine inference_tp_size tp_gather_partition_size unpin_actor_parameters "
+    "release_inference_cache": "rollouts are Transformers' generate, no hybrid engine: drop it",
     "enable_mixed_precision_lora": "adapters have the model's dtype, masters fp32: drop it",
 }.items() for flag in flags.split()}
-
-
-# Of a --deepspeed_config, what flags decide too.
-CONFIGURED = {"gradient_accumulation_steps": "gradient_accumulation_steps",
-              "gradient_clipping": "max_grad_norm", "train_micro_batch_size_per_gpu":
-              "per_device_train_batch_size per_device_training_batch_size"}
 
 
 class InputError(Exception):
@@ -38,17 +32,12 @@ class InputError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-sentence errors (exit code 2) and an answer for DeepSpeed-Chat's flags."""
-
     def __init__(self, doc):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
-        if getattr(parsed, "deepspeed_config", None):          # in place of the flags' defaults
-            given = _flags_of(read_json(parsed.deepspeed_config))
-            self.set_defaults(**{name: given[name] for name in given if name in parsed})
-            parsed, unknown = self.parse_known_args(*args, **kwargs)
         for flag in (text.split("=")[0] for text in unknown if text.startswith("-")):
             self.error(f"{flag}: {REMOVED.get(flag.lstrip('-'), 'no such flag, see --help')}")
         if unknown:
@@ -88,31 +77,12 @@ def opened(function, path, what, *rest, **kwargs):
         raise InputError(f"cannot load {what} {path}{where}: {reason}") from error
 
 
-def read_json(path):
-    """A JSON file's object."""
-    def read(path):
-        with open(path) as file:
-            return {**json.load(file)}
-    return opened(read, path, "the JSON object in")
-
-
-def _flags_of(config):
-    """What a DeepSpeed configuration says, as flags."""
-    given = {flag: config[key] for key, flags in CONFIGURED.items() if key in config
-             for flag in flags.split()}
-    stage = config.get("zero_optimization", {}).get("stage", "auto")
-    given.update(dict.fromkeys(("zero_stage", "actor_zero_stage", "critic_zero_stage"), stage))
-    given.update({"dtype": name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")})
-    return {flag: str(value) for flag, value in given.items() if value != "auto"}
-
-
-def needed(package, flag, extra):
+def needed(package, flag):
     """Import a package that only this flag needs."""
     try:
         return importlib.import_module(package)
     except Exception as error:
-        raise InputError(f"{flag} needs the package {package}: pip install -e '.[{extra}]' "
-                         f"({error})") from error
+        raise InputError(f"{flag} needs pip install -e '.[4bit]': {error}") from error
 
 
 def run(main):
@@ -129,15 +99,16 @@ def _number(kind, allowed, wanted):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not allowed(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        return value
+        if value is not None and allowed(value):
+            return value
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
     return convert
 
 
 INF = float("inf")
 positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 at_least_2 = _number(int, lambda x: x > 1, "a whole number above 1")
+seed = _number(int, lambda x: 0 <= x < 1 << 31, "a whole number below 2^31")
 count = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive = _number(float, lambda x: 0 < x < INF, "a number above 0")
 non_negative = _number(float, lambda x: 0 <= x < INF, "a number, 0 or more")
@@ -146,41 +117,33 @@ open_fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
 probability = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
-def add_model(parser):
-    parser.add_argument("--model_name_or_path", default="toy",
-                        help="toy, a model folder or a hub id [ours: runs without network]")
-
-
 def add_data(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", default=["toy"],
         help="toy, hub ids (or id:configuration), .json, .jsonl (.gz too) and .parquet files, "
-             "folders of train and test files, save_to_disk folders [ours: runs without network]")
+             "folders of train and test files, save_to_disk folders [ours: offline]")
     add("--data_split", default="2,4,4", help="disjoint shares of the rows for steps 1,2,3 [DSC]")
-    add("--data_output_path", default=os.path.expanduser("~/.cache/rlhf"),
-        help="where tokenised data is cached [ours: /tmp belongs to everyone]")
+    add("--data_output_path", default=os.path.expanduser("~/.cache/rlhf"), help="cache [ours]")
     add("--eval_fraction", type=open_fraction, default=0.1, help="of data without test rows [ours]")
     add("--dedup_prompts", action=argparse.BooleanOptionalAction, default=True,
         help="a data set's prompt is in one step only, none held out too; no row twice [ours]")
     add("--end_of_conversation_token", help="ends every response [ours: the tokenizer's eos]")
     add("--add_eot_token", action="store_true", help="it is new: embeddings get a row [DSC]")
     add("--preprocessing_num_workers", type=positive_int, default=min(8, os.cpu_count() or 1),
-        help="processes that tokenise, where there are rows enough [ours: the cores, up to 8]")
+        help="processes that tokenise many rows [ours: the cores, up to 8]")
     add("--max_eval_rows", type=positive_int, default=4000, help="[ours: accuracy to one point]")
 
 
 def add_trained(parser, name, learning_rate):
     """The flags of a model that is trained; in step 3 of the actor_ and of the critic_."""
-    def add(flag, *more, **settings):
-        group.add_argument(f"--{name}{flag}", *(f"--{name}{other}" for other in more), **settings)
     group = parser.add_argument_group(f"{name}training")
+    add = lambda *names, **kind: group.add_argument(*(f"--{name}{n}" for n in names), **kind)
     add("learning_rate", "lr", type=non_negative, default=learning_rate, help="peak [DSC]")
     add("weight_decay", type=non_negative, default=0.0, help="of matrices only [DSC]")
     add("zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="shards more and more [DSC]")
     add("gradient_checkpointing", action="store_true", help="recompute, do not keep [DSC]")
     add("lora_dim", type=count, default=0, help="rank of the adapters; 0: none [DSC]")
-    add("lora_module_name", default="all-linear", help="or parts of layers' names, with commas "
-        "between [PEFT; DSC's decoder.layers. is OPT's]")
+    add("lora_module_name", default="all-linear", help="or parts of names, by comma [PEFT's]")
     add("lora_learning_rate", type=non_negative, default=5e-4, help="peak, of adapters [DSC]")
 
 
@@ -188,6 +151,7 @@ def add_training(parser, learning_rate=None, warmup=0):
     """What the scripts share; step 3 passes no learning_rate and has its own flags instead."""
     add = parser.add_argument_group("training").add_argument
     if learning_rate is not None:
+        add("--model_name_or_path", default="toy", help="toy, a folder or hub id [ours: offline]")
         add("--per_device_train_batch_size", type=positive_int, default=16, help="rows [DSC]")
         add("--per_device_eval_batch_size", type=positive_int, default=16, help="rows [DSC]")
         add("--max_seq_len", type=at_least_2, default=512, help="tokens; long rows are cut [DSC]")
@@ -202,14 +166,11 @@ def add_training(parser, learning_rate=None, warmup=0):
     add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")
     add("--lora_alpha", type=positive, help="adapters count alpha / rank [QLoRA: 2 x rank]")
     add("--only_optimize_lora", action=argparse.BooleanOptionalAction, default=True,
-        help="else what has no adapter trains too [PEFT; DSC does that unless told otherwise]")
+        help="what has no adapter stays as it is [PEFT; DSC: trains]")
     add("--offload", action="store_true", help="optimizer (stage 3: weights too) on the CPU [DSC]")
     add("--optim", choices=("adamw", "adamw_8bit"), default="adamw", help="8: [ours: exact]")
     add("--deepspeed_config", help="JSON file: in place of defaults, besides the flags [DSC]")
-    add("--dry_run", type=count, nargs="?", const=0, metavar="RANKS",
-        help="only say what memory it takes, on so many ranks [ours]")
-    add("--max_steps", type=count, default=0,
-        help="optimizer steps (step 3: iterations) in all, 0: whole epochs [ours: short runs]")
+    add("--max_steps", type=count, default=0, help="(step 3: iterations) or 0: whole epochs [ours]")
     add("--log_interval", type=positive_int, default=10, help="steps a line [ours: readable]")
     add("--enable_tensorboard", action="store_true", help="through DeepSpeed's monitor [DSC]")
     add("--tensorboard_path", default=None, help="OUTPUT_DIR/tensorboard unless given [DSC]")
@@ -220,8 +181,7 @@ def add_training(parser, learning_rate=None, warmup=0):
 def add_run(parser, output_dir):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=output_dir, help="takes all a run leaves [ours: a default]")
-    add("--seed", type=_number(int, lambda x: 0 <= x < 1 << 31, "a whole number below 2^31"),
-        default=1234, help="of everything random, the same in all steps [DSC]")
+    add("--seed", type=seed, default=1234, help="of everything random, alike in all steps [DSC]")
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 on a GPU that has it, else fp32 [ours: fp16 overflows]")
     add("--log_level", choices=("debug", "info", "warning", "error"), default="error",

@@ -21,7 +21,6 @@ def steps_per_epoch(units, batch_size, accumulation, flag, what="training rows (
 
 def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_length=False):
     """Yields (step, list of micro-batches) for step 1..total; a unit is a row, or a pack of rows.
-
     Over the ranks a step covers the same units however it is cut.  Every epoch has its own order
     and leaves out another tail, that fills no step.  With by_length a step's rows, sorted within
     stretches of 50 steps, are alike in length; the steps then go in random order."""
@@ -73,7 +72,6 @@ def pad(sequences, fill, left=False):
 class Packs:
     """Rows -> a sequence of lists of rows that fit into `room` tokens together, by best fit: the
     longest row first, each where the least room remains."""
-
     def __init__(self, rows, room):
         lengths = cache.column(rows, "length")
         self.rows, self.packs = rows, []
@@ -96,7 +94,6 @@ class Packs:
 
 def collate_packs(tokenizer, packs):
     """Lists of rows -> a batch whose every row is one list, end to end.
-
     Its prompt is its first token.  Position ids restart with each sequence, which keeps attention
     inside it (models.policy_logprobs); `mask` covers the responses, prompt_mask (B, T) all else."""
     ids, seen = pad([[i for row in rows for i in row["prompt"] + row["chosen"]] for rows in packs],

@@ -43,22 +43,15 @@ def _webgpt(row):
     return "tie" if row["score_0"] == row["score_1"] else better
 
 
-def _shp(row):
-    a, b = row["human_ref_A"], row["human_ref_B"]
-    return row if row["labels"] == 1 else {**row, "human_ref_A": b, "human_ref_B": a}
-
-
-def _last_answer(row):
-    """Each answer without the prompt in front of it."""
-    chosen, rejected = ((row[c] or "").rpartition("Assistant:")[2] for c in ("chosen", "rejected"))
-    return {**row, "chosen": chosen, "rejected": rejected}
-
-
 def _speakers(row):
     prompt = re.sub(r"\s*\bUSER:", render.HUMAN, row["prompt"] or "")
     return {**row, "prompt": re.sub(r"\s*\bASSISTANT:", render.ASSISTANT, prompt)}
 
 
+_shp = lambda row: row if row["labels"] == 1 else {                 # 1: the first is the better one
+    **row, "human_ref_A": row["human_ref_B"], "human_ref_B": row["human_ref_A"]}
+_last_answer = lambda row: {**row, **{                              # without the prompt before it
+    column: (row[column] or "").rpartition("Assistant:")[2] for column in ("chosen", "rejected")}}
 ask = (render.HUMAN + " {{{}}}" + render.ASSISTANT).format                # a column -> a template
 MIRACL = Layout(ask("query"), " {positive_passages[0][text]}", " {negative_passages[0][text]}")
 
@@ -70,8 +63,8 @@ DATASETS = {
     "columns prompt, completion": Layout("{prompt}", "{completion}"),
     "columns messages": Layout(None, "{messages}"),
     "columns prompt": Layout("{prompt}"),
-    "Dahoas/rm-static": Layout("{prompt}", "{chosen}", "{rejected}"),
-    "Dahoas/full-hh-rlhf": Layout("{prompt}", "{chosen}", "{rejected}"),
+    **dict.fromkeys(("Dahoas/rm-static", "Dahoas/full-hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"
+                     ), Layout("{prompt}", "{chosen}", "{rejected}")),
     "Dahoas/synthetic-instruct-gptj-pairwise": Layout(ask("prompt"), " {chosen}", " {rejected}"),
     "yitingxie/rlhf-reward-datasets": Layout("{prompt}Assistant:", "{chosen}", "{rejected}",
                                              fix=_last_answer),
@@ -88,7 +81,6 @@ DATASETS = {
     "lmqg/qg_jaquad": Layout(ask("question"), " {sentence}"),
     "lmqg/qag_jaquad": Layout(ask("questions[0]"), " {paragraph}"),
     "Anthropic/hh-rlhf": Layout(None, "{chosen}", "{rejected}"),
-    "HuggingFaceH4/ultrafeedback_binarized": Layout("{prompt}", "{chosen}", "{rejected}"),
     "tatsu-lab/alpaca": Layout(ask("instruction"), " {output}", fix=_alpaca),
     "databricks/databricks-dolly-15k": Layout(ask("instruction"), " {response}", fix=_alpaca),
 }
@@ -115,7 +107,6 @@ def layout_of(path, row, where):
 
 def load(args, tokenizer, phase, max_prompt=None):
     """One phase's rows of all --data_path -> training rows, held-out rows: Datasets with COLUMNS.
-
     Without prompts of more than max_prompt tokens.  InputError for what cannot be read or used."""
     shares = np.cumsum([0.0, *split_shares(args.data_split)])[phase - 1:phase + 1].tolist()
     sources = [(path, shares) for path in args.data_path]
@@ -222,8 +213,7 @@ def inspect_data():
     args = parser.parse_args()
     engine.quieten(args.log_level)
     tokenizer = models.load_tokenizer(args.tokenizer, args)
-    max_prompt = args.max_prompt_seq_len if args.phase == 3 else None
-    rows, _ = load(args, tokenizer, args.phase, max_prompt)
+    rows, _ = load(args, tokenizer, args.phase, args.max_prompt_seq_len if args.phase == 3 else None)
     names, quantiles = list(COLUMNS)[:render.NEEDED[args.phase]], (0, 5, 25, 50, 75, 95, 100)
     print("\n" + "".join(f"{t:>8}" for t in ("tokens", "mean", *(f"{q} %" for q in quantiles))))
     for name in names:

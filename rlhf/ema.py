@@ -1,7 +1,7 @@
 """Exponential moving average of the policy, as Ouyang et al. 2022 (arXiv:2203.02155) keep one."""
 import contextlib
 
-import torch
+local = lambda parameter: getattr(parameter, "ds_tensor", parameter).detach()    # ZeRO-3's shard
 
 
 class EMA:
@@ -10,31 +10,24 @@ class EMA:
     # differs: DeepSpeed-Chat's is in the model's dtype, every micro-batch, and lost under ZeRO-3
 
     def __init__(self, module, decay=0.992):
-        self.decay = decay
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.shadow = [_local(p).detach().float().clone() for p in self.parameters]
+        self.decay, self.shadow = decay, [local(p).float().clone() for p in self.parameters]
 
-    @torch.no_grad()
     def update(self):
         """shadow <- decay * shadow + (1 - decay) * parameter."""
         for shadow, parameter in zip(self.shadow, self.parameters):
-            shadow.lerp_(_local(parameter).float(), 1 - self.decay)
+            shadow.lerp_(local(parameter).float(), 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped_in(self):
         """The module's weights are the average inside, and exactly the trained ones again after."""
-        trained = [_local(p).detach().clone() for p in self.parameters]
-        self._write(self.shadow)
+        trained = [local(p).clone() for p in self.parameters]
         try:
+            self._write(self.shadow)
             yield
         finally:
             self._write(trained)
 
-    @torch.no_grad()
     def _write(self, values):
         for parameter, value in zip(self.parameters, values):
-            _local(parameter).copy_(value)
-
-
-def _local(parameter):
-    return getattr(parameter, "ds_tensor", parameter)
+            local(parameter).copy_(value)

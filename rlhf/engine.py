@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import datetime
 import io
+import json
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import lora, models
-from rlhf.args import InputError, needed, read_json
+from rlhf.args import InputError, needed, opened
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,18 +35,16 @@ def init(args):
     if "RANK" not in os.environ:                              # python train_X.py
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if os.environ["WORLD_SIZE"] == "1" or not compiler:       # DeepSpeed would compile collectives
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if os.environ["WORLD_SIZE"] == "1" or not shutil.which(os.environ.get("CXX", "c++")):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # it would be compiled
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        here = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & os.environ.keys()    # torchrun's, deepspeed's
-        ranks_here = int(os.environ[here.pop() if here else "WORLD_SIZE"])
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    else:                                                     # torchrun's name, or DeepSpeed's
+        here = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"} & os.environ.keys()
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // min(int(os.environ[name]) for name in here)))
     with hushed(args):
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False,
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False,
                                    timeout=datetime.timedelta(hours=4))   # rank 0 may tokenise
     atexit.register(_leave_group)
     transformers.set_seed(args.seed)
@@ -89,18 +88,19 @@ def pick_dtype(name):
 
 
 def train_engine(model, args, name, micro_batch, total_steps):
-    """A DeepSpeed engine with AdamW (no decay for biases and norms) and a Transformers schedule.
-
-    name: what the model's flags begin with; in step 3 actor_ or critic_."""
+    """A DeepSpeed engine with adapters, AdamW (no decay for biases and norms) and a Transformers
+    schedule, as the flags say; name: what those of this model begin with (step 3: actor_, critic_).
+    """
     of = lambda flag: getattr(args, name + flag)
-    dtype, stage, hybrid = pick_dtype(args.dtype), of("zero_stage"), _hybrid(args, name)
-    if name != "critic_" and getattr(args, "load_in_4bit", False) and \
-            (stage == 3 or not of("lora_dim")):
-        raise InputError(f"--load_in_4bit freezes a copy of the weights on every rank: give "
-                         f"--{name}lora_dim, and --{name}zero_stage 0, 1 or 2")
+    dtype, stage = pick_dtype(args.dtype), of("zero_stage")
     if args.offload and (not stage or args.optim != "adamw"):
         raise InputError(f"--offload moves shards of AdamW to the CPU: give --{name}zero_stage 1, 2 "
                          f"or 3, and no other --optim")
+    if getattr(model, "is_loaded_in_4bit", False) and (stage == 3 or not of("lora_dim")):
+        raise InputError(f"--load_in_4bit freezes a copy of the weights on every rank: give "
+                         f"--{name}lora_dim, and --{name}zero_stage 0, 1 or 2")
+    if dtype != torch.float32:     # at stage 0, DeepSpeed 0.19.8 divides fp16 gradients by a loss
+        stage = max(stage, 1)      # scale that it never applied (its PR 8393); bf16 steps differ too
     if of("lora_dim"):
         lora.add(model, of("lora_dim"), args.lora_alpha, of("lora_module_name"),
                  args.only_optimize_lora)
@@ -113,51 +113,29 @@ def train_engine(model, args, name, micro_batch, total_steps):
         if weight.requires_grad:
             rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate")
             groups[rate, of("weight_decay") if weight.ndim >= 2 else 0.0].append(weight)
-    groups = [{"params": weights, "lr": rate, "weight_decay": decay}
-              for (rate, decay), weights in groups.items()]
     adam = deepspeed.ops.adam.DeepSpeedCPUAdam if args.offload else \
-        needed("bitsandbytes", "--optim adamw_8bit", "4bit").optim.AdamW8bit \
+        needed("bitsandbytes", "--optim adamw_8bit").optim.AdamW8bit \
         if args.optim == "adamw_8bit" else partial(torch.optim.AdamW, fused=True)
-    optimizer = adam(groups, lr=of("learning_rate"), betas=(0.9, args.adam_beta2))
+    optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
+                      for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
                                           total_steps)
-    if dtype != torch.float32:     # at stage 0, DeepSpeed 0.19.8 divides fp16 gradients by a loss
-        stage = max(stage, 1)      # scale that it never applied (its PR 8393); bf16 steps differ too
     config = {"train_micro_batch_size_per_gpu": micro_batch,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
               "gradient_clipping": args.max_grad_norm, "steps_per_print": 1 << 31,
-              "zero_allow_untested_optimizer": True, **hybrid,
-              **_memory(dtype, stage, args.offload)}
+              "zero_allow_untested_optimizer": True, **_memory(dtype, stage, args.offload)}
     if args.enable_tensorboard:
         path = args.tensorboard_path or os.path.join(args.output_dir, "tensorboard")
         config["tensorboard"] = {"enabled": True, "output_path": path, "job_name": ""}
     if args.deepspeed_config:
-        _merge(config, read_json(args.deepspeed_config), args.deepspeed_config)
-    try:
-        with hushed(args):
-            engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                          config=config)[0]
-    except Exception as error:
-        raise InputError(f"--enable_hybrid_engine does not suit this model: leave it out ({error})"
-                         ) from error if hybrid else error
-    if hybrid and not engine._inference_containers:
-        raise InputError(f"--enable_hybrid_engine has no kernels for {type(model).__name__}: "
-                         f"leave it out")
-    engine.unproven = bool(hybrid)                # until a rollout's log-probs have been compared
+        read = lambda path: {**json.loads(open(path).read())}
+        _merge(config, opened(read, args.deepspeed_config, "the JSON object in"),
+               args.deepspeed_config)
+    with hushed(args):
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
+                                      config=config)[0]
     engine.passes = 4 if of("gradient_checkpointing") else 3    # forward, backward of twice its cost
     return engine
-
-
-def _hybrid(args, name):
-    """The hybrid engine's part of the actor's configuration, if it is asked for."""
-    if name != "actor_" or not args.enable_hybrid_engine:
-        return {}
-    if not torch.cuda.is_available():
-        raise InputError("--enable_hybrid_engine generates with GPU kernels: leave it out here")
-    return {"hybrid_engine": {
-        "enabled": True, "max_out_tokens": args.max_prompt_seq_len + args.max_answer_seq_len,
-        "pin_parameters": not args.unpin_actor_parameters, **{name: getattr(args, name) for name in (
-            "inference_tp_size", "tp_gather_partition_size", "release_inference_cache")}}}
 
 
 def _memory(dtype, stage, offload):
@@ -182,10 +160,12 @@ def _merge(config, given, path, where=""):
                              f"change one of them")
 
 
-def frozen(model, args=None, stage=0, offload=False):
-    """A model that is only read: reference, reward model.  Sharded at stage 3 or when offloaded."""
+def frozen(model, args=None, name=None, stage=0):
+    """A model that is only read: reference, reward.  Sharded if offloaded, or at ZeRO-3: its own, or
+    else that of the trained one."""
+    own, offload = (getattr(args, flag, None) for flag in (f"{name}_zero_stage", f"offload_{name}_model"))
     model.eval().requires_grad_(False)
-    if stage < 3 and not offload:
+    if (stage if own is None else own) < 3 and not offload:
         return model.to(device())
     config = {"train_micro_batch_size_per_gpu": 1, **_memory(pick_dtype(args.dtype), 3, offload)}
     with hushed(args):
@@ -208,44 +188,25 @@ def step(engine):
         norm = torch.nn.utils.get_total_norm(
             p.grad for p in engine.module.parameters() if p.grad is not None)
     engine.step()
-    vars(engine.optimizer).pop("check_overflow", None)
+    vars(engine.optimizer).pop("has_overflow", None)                   # align_overflow's
     if not last:                                     # DeepSpeed still has the step's before
         return None
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
-def proves(engine, batches, tolerance=0.05):
-    """Did the hybrid engine sample with the log-probs of the training forward?  If not, it is used
-    no more.  batches: with sampled_logp, old_logp (B, R); tolerance: nats, of the mean error."""
-    errors = torch.cat([(batch.pop("sampled_logp") - batch["old_logp"])[batch["mask"]].abs()
-                        for batch in batches])
-    total, count = all_sum(torch.stack([errors.sum(), torch.ones_like(errors).sum()]))
-    engine.unproven = False
-    if total <= tolerance * count:
-        return True
-    if rank() == 0:
-        print(f"--enable_hybrid_engine: its log-probs are off by {total / count:.3f} nats in the "
-              f"mean, over {tolerance}: generating without it", flush=True)
-    engine.module.generate = engine._generate
-    return False
-
-
 def align_overflow(*engines):
     """Where the fp16 gradients of one overflow, let all skip their next step."""
-    optimizers = [engine.optimizer for engine in engines]
     if engines[0].fp16_enabled() and engines[0].is_gradient_accumulation_boundary():
-        for optimizer in optimizers:
-            optimizer.check_overflow()
-        overflow = any(optimizer.overflow for optimizer in optimizers)
-        for optimizer in optimizers:                         # in place of its own check, for a step
-            optimizer.check_overflow = partial(setattr, optimizer, "overflow", overflow)
+        overflow = any([engine.optimizer.has_overflow() for engine in engines])
+        for engine in engines:
+            engine.optimizer.has_overflow = lambda *_, **__: overflow
 
 
 @contextlib.contextmanager
 def whole(engine):
     """The engine's plain module with all parameters in place, gathered once under ZeRO-3."""
-    if engine.zero_optimization_stage() < 3 or hasattr(engine, "retake_inference_cache"):
-        yield engine.module                                  # the hybrid engine gathers them itself
+    if engine.zero_optimization_stage() < 3:
+        yield engine.module
         return
     offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
@@ -265,12 +226,8 @@ def save(engine, tokenizer, path, start=None):
     on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights, start))
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+rank = lambda: dist.get_rank() if dist.is_initialized() else 0
+world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device():
@@ -287,9 +244,9 @@ def all_sum(tensor):
 
 def gather(tensor):
     """One tensor of the same shape from every rank -> (ranks, ...)."""
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
     if not dist.is_initialized():
         return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 

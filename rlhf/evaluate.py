@@ -5,8 +5,8 @@
 
 The first model is the baseline of win rates, KL, best-of-n.  The toy world knows a true reward."""
 import math
-import os
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -41,8 +41,8 @@ def parse():
 def mean_ci(name, values):
     """(N,) -> the mean, and half of its 95 % confidence interval under name_ci."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    return {name: values.mean().item(),
-            f"{name}_ci": 1.96 * values.std().item() / len(values) ** 0.5}
+    half = 1.96 * values.std().item() / len(values) ** 0.5
+    return {name: values.mean().item(), f"{name}_ci": half}
 
 
 @torch.no_grad()
@@ -66,14 +66,14 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
 
 
 @torch.no_grad()
-def perplexity(policy, rows, tokenizer, batch_size):
-    """Of the held-out demonstrations."""
-    total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = batches.collate(tokenizer, rows[start:start + batch_size])
+def perplexity(policy, rows, collate, batch_size):
+    """Of held-out responses, on all ranks: exp of the mean negative log-likelihood per token."""
+    sums, _ = [], policy.eval()
+    for batch in batches.eval_batches(rows, collate, batch_size):
         logp = models.policy_logprobs(policy, batch).masked_fill(~batch["mask"], 0)
-        total, tokens = total - logp.sum().item(), tokens + batch["mask"].sum().item()
-    return math.exp(min(total / tokens, 700))
+        sums.append(torch.stack([logp.sum(1), batch["mask"].sum(1)], 1))            # (B, 2)
+    logp, tokens = engine.gather_rows(torch.cat(sums), len(rows)).double().sum(0).tolist()
+    return math.exp(min(-logp / tokens, 700))
 
 
 def truth(prompts, responses):
@@ -105,20 +105,16 @@ def main():
     if len(paths) < len(args.models):
         raise flags.InputError("--models: two models have the same name")
     flags.check_made(args.reward_model, "train_rm.py", "--reward_model")
-    for path in paths.values():
+    first, start = next(iter(paths.items()))                # the baseline
+    tokenizer = models.load_tokenizer(start, args)
+    for path in [*paths.values(), args.reward_model]:
         flags.check_made(path, "the script that trains it", "--models")
-    baseline_name, baseline_path = next(iter(paths.items()))
-    length = args.max_prompt_seq_len + args.max_answer_seq_len
-
-    tokenizer = models.load_tokenizer(baseline_path, args)
-    dtype = engine.pick_dtype(args.dtype)
-    for path in [args.reward_model, *paths.values()]:
-        models.check_same_vocabulary(baseline_path, tokenizer, path)
-    load = lambda path: engine.frozen(models.load_policy(path, tokenizer, dtype))
-    baseline = load(baseline_path)
-    reward_model = engine.frozen(models.load_scalar(args.reward_model, tokenizer, dtype))
-    models.check_context(baseline, baseline_path, length)
-    models.check_context(reward_model, args.reward_model, length)
+        models.check_same_vocabulary(start, tokenizer, path)
+    def load(path, kind=models.load_policy):
+        model = kind(path, tokenizer, engine.pick_dtype(args.dtype))
+        models.check_context(model, path, args.max_prompt_seq_len + args.max_answer_seq_len)
+        return engine.frozen(model)
+    baseline, reward_model = load(start), load(args.reward_model, models.load_scalar)
     _, held_out = data.load(args, tokenizer, 1)
     prompts = [{**row, "chosen": row["chosen"][:args.max_answer_seq_len]} for row in held_out
                if len(row["prompt"]) <= args.max_prompt_seq_len][:args.num_prompts]
@@ -128,16 +124,16 @@ def main():
     texts = [tokenizer.decode(row["prompt"], skip_special_tokens=True) for row in prompts]
     known = partial(truth, texts) if args.data_path == ["toy"] else lambda responses: {}
 
-    rows, answers = {}, {}
+    collate, rows, answers = partial(batches.collate, tokenizer), {}, {}
     for name, path in paths.items():
-        policy = baseline if name == baseline_name else load(path)
+        policy = baseline if name == first else load(path)
         got = answers[name] = respond(policy, baseline, reward_model, tokenizer, prompts, args)
-        difference = (got["score"] - answers[baseline_name]["score"]).sign().double()
+        difference = (got["score"] - answers[first]["score"]).sign().double()
         rows[name] = {
             **mean_ci("score", got["score"]), **mean_ci("win_rate", (difference + 1) / 2),
             **mean_ci("kl", got["kl"]), "response_length": got["length"].double().mean().item(),
             "eos_rate": got["ended"].double().mean().item(),
-            "perplexity": perplexity(policy, prompts, tokenizer, args.batch_size),
+            "perplexity": perplexity(policy, prompts, collate, args.batch_size),
             **known(got["text"])}
     if args.best_of:                          # one draw of the largest n serves every n
         repeated = [row for row in prompts for _ in range(max(args.best_of))]
@@ -147,18 +143,15 @@ def main():
             best, index = scores[:, :n].max(1)
             said = [drawn["text"][i * scores.shape[1] + j] for i, j in enumerate(index.tolist())]
             kl = math.log(n) - (n - 1) / n    # Gao et al. 2022 (arXiv:2210.10760)
-            rows[f"{baseline_name}, best of {n}"] = {**mean_ci("score", best), "kl": kl,
-                                                     **known(said)}
+            rows[f"{first}, best of {n}"] = {**mean_ci("score", best), "kl": kl, **known(said)}
 
-    page = [table(rows)]
+    page = table(rows) + "\n"
     for i, text in enumerate(texts[:args.side_by_side]):
-        page += ["", f"**{text.strip()}**", "", *(
-            f"- {n} ({a['score'][i]:.2f}): {a['text'][i].strip()}" for n, a in answers.items())]
-    found = {"args": vars(args), "models": rows}
-    write_json(os.path.join(args.output_dir, "evaluation.json"), found)
-    with open(os.path.join(args.output_dir, "evaluation.md"), "w") as file:
-        print("\n".join(page), file=file)
-    print("\n".join(page))
+        page += f"\n**{text.strip()}**\n\n" + "".join(
+            f"- {n} ({a['score'][i]:.2f}): {a['text'][i].strip()}\n" for n, a in answers.items())
+    write_json(f"{args.output_dir}/evaluation.json", {"args": vars(args), "models": rows})
+    Path(args.output_dir, "evaluation.md").write_text(page)
+    print(page, end="")
 
 
 if __name__ == "__main__":

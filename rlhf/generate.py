@@ -2,17 +2,13 @@
 import torch
 from transformers import GenerationConfig
 
-from rlhf.losses import token_logprobs
-
 
 @torch.no_grad()
-def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
-           keep_logp=False):
+def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
-
     Returns them with `response_ids` and `mask` (B, R), R the longest response drawn.  The mask ends
-    with the first end-of-sequence token, included.  With keep_logp also `sampled_logp` (B, R), by
-    the logits that were sampled from.  Always samples: of an argmax PPO's ratio would mean nothing."""
+    with the first end-of-sequence token, included.  Always samples: of an argmax PPO's importance
+    ratio would mean nothing."""
     ids = model.generation_config
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id,
@@ -21,18 +17,14 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
     # What stays None in `settings` would be taken from the model's own generation_config.
     kept, model.generation_config = model.generation_config, settings
     try:
-        drawn = model.generate(prompts["prompt_ids"], generation_config=settings,
-                               attention_mask=prompts["prompt_mask"].long(),
-                               return_dict_in_generate=True, output_logits=keep_logp)
+        sequences = model.generate(prompts["prompt_ids"], generation_config=settings,
+                                   attention_mask=prompts["prompt_mask"].long())
     finally:
         model.generation_config = kept
-    response = drawn.sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
+    response = sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
     ends = (response == ids.eos_token_id).int()
     mask = ends.cumsum(1) - ends == 0                     # no end before this token
-    logp = {"sampled_logp": token_logprobs(torch.stack(drawn.logits, 1), response, temperature)} \
-        if keep_logp else {}
-    return {**prompts, "response_ids": response.masked_fill(~mask, ids.pad_token_id), "mask": mask,
-            **logp}
+    return {**prompts, "response_ids": response.masked_fill(~mask, ids.pad_token_id), "mask": mask}
 
 
 def finished(batch, eos_token_id):

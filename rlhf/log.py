@@ -1,5 +1,6 @@
 """One dict a step -> progress bar, metrics.jsonl, monitors.  Only rank 0 shows and writes."""
 import json
+import math
 import os
 import sys
 import time
@@ -19,59 +20,56 @@ def say(text):
 class Log:
     """A run's args.json, metrics.jsonl and samples.jsonl in --output_dir, and its progress bar;
     `shown` names the metrics of the line that is printed every --log_interval steps."""
-
     def __init__(self, args, total_steps, shown, train_engine):
-        self.shown, self.interval, self.folder = shown, args.log_interval, args.output_dir
-        self.monitor, self.clock = train_engine.monitor, time.perf_counter()
-        if engine.rank() == 0:
-            write_json(os.path.join(self.folder, "args.json"), vars(args))
-            self.files = {name: open(os.path.join(self.folder, f"{name}.jsonl"), "w")
-                          for name in ("metrics", "samples")}
-            self.bar = tqdm(total=total_steps, dynamic_ncols=True, disable=None)
+        self.shown, self.interval, self.engine = shown, args.log_interval, train_engine
+        self.clock = time.perf_counter()
+        if engine.rank() != 0:
+            self.step = self.evaluation = self.samples = self.close = lambda *_: None
+            return
+        write_json(f"{args.output_dir}/args.json", vars(args))
+        self.files = {name: open(f"{args.output_dir}/{name}.jsonl", "w", buffering=1)      # a line
+                      for name in ("metrics", "samples")}
+        self.bar = tqdm(total=total_steps, dynamic_ncols=True, disable=None)
 
     def step(self, step, metrics):
         """Record a step.  Its tokens_total and flops_total become tokens_per_second and tflops."""
-        if engine.rank() == 0:
-            metrics["seconds"] = seconds = time.perf_counter() - self.clock
-            metrics["tokens_per_second"] = metrics.pop("tokens_total") / seconds
-            metrics["tflops"] = metrics.pop("flops_total") / seconds / engine.world_size() / 1e12
-            self._record(step, metrics, "train/")
-            self.bar.update(1)
-            if step % self.interval == 0 or step == self.bar.total:
-                self._say(step, {name: metrics[name] for name in self.shown})
+        metrics["seconds"] = seconds = time.perf_counter() - self.clock
+        metrics["tokens_per_second"] = metrics.pop("tokens_total") / seconds
+        metrics["tflops"] = metrics.pop("flops_total") / seconds / engine.world_size() / 1e12
+        metrics["skipped_steps"] = self.engine.skipped_steps           # fp16 gradients overflowed
+        self._record(step, metrics, "train/")
+        self.bar.update(1)
+        if step % self.interval == 0 or step == self.bar.total:
+            self._say(step, {name: metrics[name] for name in self.shown})
 
     def evaluation(self, step, metrics):
         """Record and print an evaluation on held-out rows."""
-        if engine.rank() == 0:
-            self._record(step, metrics, "")
-            self._say(step, metrics)
+        self._record(step, metrics, "")
+        self._say(step, metrics)
 
     def samples(self, step, tokenizer, experience, show=3):
         """Keep a rollout's prompts and responses with score and KL; print the first few."""
         columns = ("prompt_ids", "prompt_mask", "response_ids", "mask", "score", "kl")
-        rows = zip(*(experience[name] for name in columns)) if engine.rank() == 0 else ()
+        rows = zip(*(experience[name] for name in columns))
         for index, (prompt, seen, response, said, score, kl) in enumerate(rows):
             prompt, response = tokenizer.decode(prompt[seen]), tokenizer.decode(response[said])
-            self._write("samples", {"step": step, "prompt": prompt, "response": response,
-                                    "score": score.item(), "kl": kl.item()})
+            row = {"prompt": prompt, "response": response, "score": score.item(), "kl": kl.item()}
+            print(json.dumps({"step": step, **row}), file=self.files["samples"])
             if index < show:
                 prompt, response = " ".join(prompt.split()), " ".join(response.split())
                 say(f"  {prompt[-200:]} => {response[:300]}   [score {score:.2f}, kl {kl:.2f}]")
 
     def close(self):
-        if engine.rank() == 0:
-            for file in (self.bar, *self.files.values()):
-                file.close()
+        for file in (self.bar, *self.files.values()):
+            file.close()
 
     def _record(self, step, metrics, prefix):
-        self._write("metrics", {"step": step, **metrics})
-        if self.monitor.enabled:              # DeepSpeed's: TensorBoard and others
-            self.monitor.write_events([(prefix + n, value, step) for n, value in metrics.items()])
+        row = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        print(json.dumps({"step": step, **row}), file=self.files["metrics"])
+        monitor = self.engine.monitor                     # DeepSpeed's: TensorBoard and others
+        if monitor.enabled:
+            monitor.write_events([(prefix + n, value, step) for n, value in metrics.items()])
         self.clock = time.perf_counter()
-
-    def _write(self, name, row):
-        self.files[name].write(json.dumps(row) + "\n")
-        self.files[name].flush()
 
     def _say(self, step, metrics):
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

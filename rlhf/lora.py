@@ -1,10 +1,9 @@
-"""LoRA: every linear map W stays as it is and gets a trained one of low rank beside it.
+"""LoRA: linear maps W stay as they are and get a trained one of low rank beside them.
 
 Hu et al. 2021 (arXiv:2106.09685) eq. 3: h = W x + (alpha / r) B A x.  B starts as zero, so that the
-model starts as it was, and with its adapters off it is the reference of PPO and DPO."""
+model starts as it was; with its adapters off it is the reference of PPO and DPO."""
 import json
 import os
-from functools import partial
 
 import torch
 from safetensors.torch import save_file
@@ -14,47 +13,43 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.args import InputError
 
-HEADS = ("lm_head", "embed_out", "score")           # stay as they are: score is trained in full
-
 
 class LoRA(nn.Module):
     """A Linear (perhaps of 4 bits) or GPT-2's Conv1D, with an adapter of this rank."""
-
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
         columns, rows = (base.nx, base.nf) if isinstance(base, Conv1D) else \
             (base.in_features, base.out_features)
-        dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
-        zeros = partial(torch.zeros, dtype=dtype, device=base.weight.device)
-        self.lora_A, self.lora_B = nn.Parameter(zeros(rank, columns)), nn.Parameter(zeros(rows, rank))
+        like = torch.empty(0, dtype=getattr(base, "compute_dtype", None) or base.weight.dtype,
+                           device=base.weight.device)
+        self.lora_A = nn.Parameter(like.new_empty(rank, columns))
+        self.lora_B = nn.Parameter(like.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)              # as nn.Linear does, and PEFT
 
     def forward(self, x):
-        y = self.base(x)
         if not self.enabled:
-            return y
+            return self.base(x)
         low = linear(x.to(self.lora_A.dtype), self.lora_A)                              # (B, T, r)
-        return y + self.alpha / self.rank * linear(low, self.lora_B)           # eq. 3
+        return self.base(x) + self.alpha / self.rank * linear(low, self.lora_B)         # eq. 3
 
 
 def add(model, rank, alpha, modules, only):
-    """Adapters beside the linear maps in whose names any of the comma-separated `modules` occurs.
-
-    Their W are frozen; with `only`, so is everything else but a scalar head.  InputError if no name
-    matches.  alpha None: 2 x rank."""
+    """Adapters beside the linear maps in whose names any of the comma-separated `modules` occurs,
+    but for heads.  Their W are frozen; with `only`, so is everything else but a scalar head.
+    alpha None: 2 x rank.  InputError if no name matches."""
     parts = [""] if modules == "all-linear" else modules.split(",")
-    linears = [(name, module) for name, module in model.named_modules()
-               if isinstance(module, (nn.Linear, Conv1D)) and not name.endswith(HEADS)]
-    chosen = [(name, m) for name, m in linears if any(part in name for part in parts)]
+    linears = {name: module for name, module in model.named_modules() if isinstance(
+        module, (nn.Linear, Conv1D)) and not name.endswith(("lm_head", "embed_out", "score"))}
+    chosen = {name: m for name, m in linears.items() if any(part in name for part in parts)}
     if not chosen:
         raise InputError(f"--lora_module_name {modules} is in no linear layer's name: choose parts "
-                         f"of names such as {', '.join(name for name, _ in linears[:3])}")
+                         f"of names such as {', '.join([*linears][:3])}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and (not only or "score." in name))
-    for name, base in chosen:
-        parent, _, child = name.rpartition(".")
+    for name, base in chosen.items():
         base.weight.requires_grad_(False)
+        parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRA(base, rank, alpha or 2 * rank))
 
 
@@ -63,30 +58,26 @@ def layers(model):
 
 
 class WithoutAdapters:
-    """A trained engine as it was before its adapters, called as any model is."""
-
+    """A trained engine as it was before its adapters, to be called as any model is."""
     def __init__(self, engine):
         self.engine, self.module = engine, engine.module
 
     def __call__(self, **inputs):
-        self._switch(False)
-        try:
-            return self.engine(**inputs)
-        finally:
-            self._switch(True)
-
-    def _switch(self, enabled):
-        for layer in layers(self.module).values():
-            layer.enabled = enabled
+        adapted = layers(self.module).values()
+        for enabled in (False, True):
+            for layer in adapted:
+                layer.enabled = enabled
+            if not enabled:
+                outputs = self.engine(**inputs)
+        return outputs
 
 
 def merge(model, state):
     """A model's full state dict -> without adapters, each folded into its W in fp32."""
     merged = {name.replace(".base.", "."): w for name, w in state.items() if ".lora_" not in name}
     for name, layer in layers(model).items():
-        weight = merged[f"{name}.weight"]
         A, B = (state[f"{name}.lora_{part}"].float() for part in "AB")
-        change = layer.alpha / layer.rank * B @ A                                           # (out, in)
+        change, weight = layer.alpha / layer.rank * B @ A, merged[f"{name}.weight"]     # (out, in)
         change = change.T if isinstance(layer.base, Conv1D) else change
         merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged
@@ -94,16 +85,15 @@ def merge(model, state):
 
 def save_adapter(model, state, path, start):
     """The adapter (and a scalar head) alone, in PEFT's file layout; `start` is the model it fits."""
-    found = layers(model)
-    one = next(iter(found.values()))
-    strip = lambda name: f"base_model.model.{name.removeprefix('classifier.')}"
-    tensors = {strip(f"{name}.lora_{part}.weight"): state[f"{name}.lora_{part}"].contiguous()
+    found = {name.removeprefix("classifier."): layer for name, layer in layers(model).items()}
+    state = {name.removeprefix("classifier."): w.contiguous() for name, w in state.items()}
+    tensors = {f"base_model.model.{name}.lora_{part}.weight": state[f"{name}.lora_{part}"]
                for name in found for part in "AB"}
-    head = {strip(n): w.contiguous() for n, w in state.items() if ".score." in n}
+    head = {f"base_model.model.{name}": w for name, w in state.items() if name.startswith("score.")}
+    one = next(iter(found.values()))
     config = {"peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
               "base_model_name_or_path": start, "r": one.rank, "lora_alpha": one.alpha,
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": isinstance(one.base, Conv1D),
-              "target_modules": [name.removeprefix("classifier.") for name in found],
+              "fan_in_fan_out": isinstance(one.base, Conv1D), "target_modules": [*found],
               "modules_to_save": ["score"] if head else None, "inference_mode": True}
     os.makedirs(path)
     save_file({**tensors, **head}, os.path.join(path, "adapter_model.safetensors"))

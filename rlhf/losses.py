@@ -22,7 +22,6 @@ def _wide(x):
 
 def token_logprobs(logits, ids, temperature=1.0):
     """Log-probability of each token under softmax(logits / temperature).
-
     logits (B, R, V) of any float type, ids (B, R) -> (B, R) fp32.  The fp32 copy of the logits is
     made again in the backward pass; until then only the model's own (B, R, V) logits are kept."""
     def logprobs(logits, ids):
@@ -59,7 +58,6 @@ def whiten(x, mask):
 
 def bradley_terry_loss(chosen, rejected):
     """Mean of -log sigmoid(chosen - rejected).  Scores (B,), (B,) -> scalar.
-
     Ouyang et al. 2022 (arXiv:2203.02155) eq. 1, after Bradley and Terry 1952."""
     # differs: one score a sequence; DeepSpeed-Chat averages over token positions, padding included
     return -F.logsigmoid(_wide(chosen) - _wide(rejected)).mean()                        # eq. 1
@@ -68,7 +66,6 @@ def bradley_terry_loss(chosen, rejected):
 def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, beta,
              label_smoothing=0.0):
     """Direct preference optimisation.  Log-probs of whole responses (B,) -> scalar, stats.
-
     Rafailov et al. 2023 (arXiv:2305.18290) eq. 7: `bradley_terry_loss` on the implicit rewards of
     eq. 5, beta * log(pi / pi_ref), less a constant.  label_smoothing is the assumed rate of flipped
     labels (Mitchell 2023).  stats: the implicit rewards chosen_reward, rejected_reward (B,)."""
@@ -81,7 +78,6 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
 
 def kl_estimate(logp, ref_logp, kind="k1"):
     """Per-token estimate of KL(pi || ref) from tokens drawn from pi.  (B, R), (B, R) -> (B, R).
-
     Schulman 2020, "Approximating KL divergence": k1 is unbiased but may be negative, k3 is unbiased
     and never negative, k2 is biased but its gradient is the KL's.  ValueError for another kind."""
     log_ratio = _wide(logp) - _wide(ref_logp)      # of the policy that was sampled to the reference
@@ -96,7 +92,6 @@ def kl_estimate(logp, ref_logp, kind="k1"):
 
 def shaped_rewards(score, logp, ref_logp, mask, kl_coef, clip_reward=5.0, kind="k1"):
     """-kl_coef * KL on every action, plus the clipped score on a response's last action.
-
     score (B,); logp, ref_logp, mask (B, R) -> (B, R).  Ziegler et al. 2019 (arXiv:1909.08593) eq.
     2; the score is clipped to [-clip_reward, clip_reward] as in DeepSpeed-Chat."""
     logp, ref_logp = logp.masked_fill(~mask, 0.0), ref_logp.masked_fill(~mask, 0.0)
@@ -108,7 +103,6 @@ def shaped_rewards(score, logp, ref_logp, mask, kl_coef, clip_reward=5.0, kind="
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation.  All (B, R) -> advantages, returns = advantages + values.
-
     Schulman et al. 2015 (arXiv:1506.02438) eq. 16.  The value after the last action is 0: an
     episode ends there, by its end-of-sequence token or by the length limit.  Padding is 0."""
     rewards, values = (_wide(x).masked_fill(~mask, 0.0) for x in (rewards, values))
@@ -122,7 +116,6 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """Clipped surrogate, negated.  All (B, R) -> scalar, stats.
-
     Schulman et al. 2017 (arXiv:1707.06347) eq. 7.  stats: ratio_mean, ratio_min, ratio_max;
     clip_frac, the share of tokens without gradient; approx_kl, k3 from the old policy."""
     log_ratio = (_wide(logp) - _wide(old_logp)).masked_fill(~mask, 0.0)     # padding has ratio 1
@@ -140,7 +133,6 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
 
 def value_loss(values, old_values, returns, mask, clip=0.2, denom=None):
     """Half the squared error, the move away from old_values clipped.  All (B, R) -> scalar, stats.
-
     Schulman et al. 2017 (arXiv:1707.06347) eq. 9, second term; the clipping is in their code only
     (Engstrom et al. 2020, arXiv:2005.12729).  stats: clip_frac; explained_variance of this
     micro-batch, 1 - Var(returns - values) / Var(returns)."""

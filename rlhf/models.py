@@ -20,7 +20,6 @@ from rlhf.losses import token_logprobs
 def load_tokenizer(path, args=None):
     """The tokenizer of a model folder or hub id ("toy": the embedded world's), with an eos, which
     is --end_of_conversation_token, and a pad.
-
     A pad that is missing or the eos becomes the unk, where that is a token of its own, else a new
     `<|pad|>`: Transformers' sequence classifiers read the last token that is not the pad, and would
     miss the eos.  InputError where there is no tokenizer, no eos, or that token is none to it."""
@@ -47,43 +46,29 @@ def load_policy(path, tokenizer, dtype=torch.float32, in_4bit=False):
     """Any causal language model, ready to sample and train; "toy" is a fresh one of a million
     parameters.  In 4 bits (Dettmers et al. 2023, arXiv:2305.14314: nf4, quantised twice) only
     adapters train.  InputError that names the first weight that is missing, unexpected, misshapen."""
-    if in_4bit:
-        needed("bitsandbytes", "--load_in_4bit", "4bit"), needed("accelerate", "--load_in_4bit", "4bit")
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype)
-        model, _ = _from_pretrained(AutoModelForCausalLM, path, dtype, quantization_config=settings)
-    elif path == "toy":
-        model = AutoModelForCausalLM.from_config(toy.model_config(tokenizer), dtype=dtype)
-    else:
-        model, _ = _from_pretrained(AutoModelForCausalLM, path, dtype)
-    return _fit_tokenizer(model, tokenizer)
+    quantised = {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype)} if in_4bit and needed("bitsandbytes", "--load_in_4bit") else {}
+    return _load(AutoModelForCausalLM, path, tokenizer, dtype, **quantised)[0]
 
 
 def load_scalar(path, tokenizer, dtype=torch.float32, new_head=False):
     """A backbone with a one-number head -> ScalarModel.
-
     With new_head (step 2) a language model will do, and gets a fresh head; otherwise the folder
     must hold a complete reward model.  InputError as in load_policy."""
-    if path == "toy":
-        config, fresh = toy.model_config(tokenizer), True
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    else:
-        allowed = (("score.",), ("lm_head.", "embed_out.")) if new_head else ((), ())
-        model, fresh = _from_pretrained(AutoModelForSequenceClassification, path, dtype, *allowed)
+    allowed = (("score.",), ("lm_head.", "embed_out.")) if new_head else ((), ())
+    model, fresh = _load(AutoModelForSequenceClassification, path, tokenizer, dtype, *allowed)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise InputError(f"{path}: {type(model).__name__} has no linear head named score, so it "
                          f"can be no reward model: use a decoder-only language model")
     if fresh:                                   # Stiennon et al. 2020: scores start with variance 1
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.score.__class__ = Fp32Linear
-    return ScalarModel(_fit_tokenizer(model, tokenizer))
+    return ScalarModel(model)
 
 
 class Fp32Linear(nn.Linear):
     """A head that computes in fp32 whatever its weights are: bf16 rounds a score of 3 to 1/64."""
-
     def forward(self, hidden):
         bias = None if self.bias is None else self.bias.float()
         return nn.functional.linear(hidden.float(), self.weight.float(), bias)
@@ -91,7 +76,6 @@ class Fp32Linear(nn.Linear):
 
 class ScalarModel(nn.Module):
     """A sequence classifier with one label, read at every position, or the last (reward model)."""
-
     def __init__(self, classifier):
         super().__init__()
         self.classifier, self.config = classifier, classifier.config
@@ -106,7 +90,6 @@ class ScalarModel(nn.Module):
 
 def policy_logprobs(model, batch, temperature=1.0):
     """log pi(y_t | x, y_<t) of a batch -> (B, R) fp32: the one forward for old, new and reference.
-
     Only the response's positions go through the vocabulary projection."""
     ids, mask = _join(batch)
     net = getattr(model, "module", model)
@@ -142,7 +125,6 @@ def stack(batches, pad_token_id):
 
 def save_model(model, tokenizer, path, state=None, start=None):
     """Write safetensors weights, config, generation_config and tokenizer to the folder `path`.
-
     They are written to a temporary folder inside and renamed one by one: an interrupted save leaves
     the previous model.  `state` stands in for weights that are sharded.  Of a model with adapters
     the merged weights are written, and to `path`/adapter what they add to the model `start`."""
@@ -219,30 +201,31 @@ def _apart(model, position_ids):
             "attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)}
 
 
-def _from_pretrained(kind, path, dtype, missing=(), unexpected=(), **kwargs):
-    """Strict loading, but for weights of these prefixes -> the model, was any weight missing?"""
-    config = opened(AutoConfig.from_pretrained, path, "the configuration of")
+def _load(kind, path, tokenizer, dtype, missing=(), unexpected=(), **kwargs):
+    """Strict loading, but for weights of these prefixes -> the model, was any weight missing?
+    Its embeddings grow if the tokenizer gained a token; its configs get the special ids."""
+    config = toy.model_config(tokenizer) if path == "toy" else \
+        opened(AutoConfig.from_pretrained, path, "the configuration of")
     config.num_labels = 1                                          # means something to classifiers
-    model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=dtype,
-                           output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
-        names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
-        if names:
+    if path == "toy" and not kwargs:
+        model, fresh = kind.from_config(config, dtype=dtype), True
+    else:
+        model, report = opened(
+            kind.from_pretrained, path, "the weights of", config=config, dtype=dtype,
+            output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        fresh = report["missing_keys"]
+        for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
+            names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
             hint = " (it is no reward model: see train_rm.py)" if "score.weight" in names else ""
-            raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first{hint}")
-    for name, found, wanted in report["mismatched_keys"]:
-        raise InputError(f"{path}: weight {name} has shape {tuple(found)}, but its config.json "
-                         f"asks for {tuple(wanted)}")
-    return model, bool(report["missing_keys"])
-
-
-def _fit_tokenizer(model, tokenizer):
-    """Grow the embeddings if the tokenizer gained a pad; put its special ids in the configs."""
+            if names:
+                raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first{hint}")
+        for name, found, wanted in report["mismatched_keys"]:
+            raise InputError(f"{path}: weight {name} has shape {tuple(found)}, but its config.json "
+                             f"asks for {tuple(wanted)}")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    names = ("pad_token_id", "eos_token_id", "bos_token_id")
-    ids = {name: getattr(tokenizer, name) for name in names}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     model.config.update(ids)
     if model.can_generate():          # a fresh one: step 3 samples plainly, whatever was there
         model.generation_config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, **ids)
-    return model
+    return model, fresh

@@ -16,7 +16,6 @@ NEEDED = {1: 2, 2: 3, 3: 1}                      # of prompt, chosen, rejected, 
 def render(row, where, layout, phase, tokenizer):
     """A raw row -> one of REASONS, which says whether it can serve; the prompt's name, the same for
     every phase and tokenizer; prompt, chosen, rejected, empty where the phase needs none.
-
     InputError for a missing column or a wrong type."""
     if phase < 3 and layout[phase] is None:
         raise InputError(f"{where}: step {phase} needs {('responses', 'pairs')[phase - 1]}, and "
@@ -129,7 +128,6 @@ def ids_of(tokenizer, texts):
 
 def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=False):
     """Columns of texts -> columns of ids, with their length and whether something was cut off.
-
     A response is tokenised behind its prompt, so that no tokenizer invents a space between them,
     and ends with eos, also when cut.  Of a long row the prompt keeps its end (and bos), half of the
     tokens if it needs them, and responses lose theirs; prompts over max_prompt tokens, or of none,

@@ -1,5 +1,6 @@
 """The same numbers everywhere: every cut of a batch, every ZeRO stage, through the real launcher."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_ppo
+import train_sft
 from rlhf import models
-from tests.conftest import ROOT, make_model, metrics, run_script, to_flags
+from tests.conftest import ROOT, SMALL, make_model, metrics, run_script, to_flags, weights
 
 COUNTED = {"loss", "grad_norm", "accuracy", "margin", "policy_loss", "value_loss", "ratio_mean"}
 COUNTED |= {"ratio_max", "clip_frac", "actor_grad_norm", "critic_grad_norm", "approx_kl"}
@@ -144,3 +147,160 @@ def test_two_nodes_are_two_launchers_and_one_run(ppo, world, call, tmp_path):
     for name in ("score", "return_mean", "value_loss", "actor_grad_norm", "critic_grad_norm"):
         for a, b in zip(one, two):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_ppo_with_adapters_keeps_no_second_copy_and_saves_both(ppo, world, call, tmp_path):
+    """Through the launcher: the sharded actor's adapters train, its own weights are the reference."""
+    common = dict(
+        data_output_path=tmp_path / "cache", max_steps=2, actor_lora_dim=2, enable_ema=True
+    )
+    common.update(
+        actor_lora_learning_rate=0.02, critic_lora_dim=2, actor_zero_stage=3, ema_decay=0.5
+    )
+    common.update(per_device_generation_batch_size=8, per_device_training_batch_size=8)
+    flags = to_flags(**ppo("lora", **common), critic_zero_stage=2, offload_reward_model=True)
+    env = {"DS_ACCELERATOR": "cpu"}
+    done = run_script("train_ppo.py", *flags, ranks=2, launcher="deepspeed", env=env)
+    assert done.returncode == 0, done.stderr
+    out, rows = world["out"] / "lora", metrics(world["out"] / "lora")
+    assert abs(rows[0]["kl"]) < 1e-6 < abs(rows[1]["kl"])  # the reference is the start
+    assert rows[0]["first_ratio_error_max"] < 1e-5
+    start, actor, ema = (
+        weights(path) for path in (world["actor"], out / "actor", out / "actor_ema")
+    )
+    assert set(start) == set(actor) == set(ema)
+    moved = {name for name in start if not torch.equal(start[name], actor[name])}
+    assert moved and all("proj" in name for name in moved)
+    assert any(not torch.equal(actor[name], ema[name]) for name in moved)
+    adapter = load_file(out / "actor" / "adapter" / "adapter_model.safetensors")
+    assert {name.rpartition("lora_")[2] for name in adapter} == {"A.weight", "B.weight"}
+    assert any(
+        "score" in name for name in load_file(out / "critic/adapter/adapter_model.safetensors")
+    )
+
+
+def test_a_reference_and_reward_model_may_be_sharded_or_on_the_cpu(ppo, call, world):
+    flags = dict(max_steps=2, top_k=1, actor_lr=1e-3)
+    assert call(train_ppo, **ppo("plain", **flags))[0] == 0
+    flags.update(offload_reference_model=True, reward_zero_stage=3)
+    assert call(train_ppo, **ppo("away", **flags))[0] == 0
+    for a, b in zip(metrics(world["out"] / "plain"), metrics(world["out"] / "away")):
+        for name in ("score", "kl", "actor_grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_an_fp16_overflow_skips_the_step_and_counts_none(ppo, call, world, tmp_path, align):
+    """A loss scale of 2^32 overflows; the file says what no flag does."""
+    (tmp_path / "scale.json").write_text('{"fp16": {"initial_scale_power": 32, "hysteresis": 1}}')
+    flags = dict(dtype="fp16", deepspeed_config=tmp_path / "scale.json", max_steps=2, actor_lr=1e-3)
+    flags.update(lr_scheduler_type="linear", enable_ema=True, critic_lr=1e-3)
+    flags.update({"align_overflow": True} if align else {})
+    code, error = call(train_ppo, **ppo("fp16", **flags))
+    assert code == 0, error
+    rows, out = metrics(world["out"] / "fp16"), world["out"] / "fp16"
+    assert [row["actor_lr"] for row in rows] == [1e-3, 1e-3]  # the schedule stands still
+    assert [row["skipped_steps"] for row in rows] == [1, 2]
+    start = {name: weight.half() for name, weight in weights(world["actor"]).items()}
+    for name in ("actor", "actor_ema"):
+        assert all(torch.equal(start[n], w) for n, w in weights(out / name).items())
+
+
+def test_aligned_overflow_skips_the_other_models_step_too(ppo, call, world, tmp_path, monkeypatch):
+    skipped = {}
+    for align in (False, True):
+        loss = train_ppo.value_loss
+
+        def exploding(*rest, **more):
+            found, stats = loss(*rest, **more)
+            return found * 1e30, stats
+
+        monkeypatch.setattr(train_ppo, "value_loss", exploding)
+        flags = dict(dtype="fp16", max_steps=1, actor_lr=1e-3, num_warmup_steps=0)
+        flags.update({"align_overflow": True} if align else {})
+        code, error = call(train_ppo, **ppo(f"align{align}", **flags))
+        monkeypatch.setattr(train_ppo, "value_loss", loss)
+        assert code == 0, error
+        start = {name: weight.half() for name, weight in weights(world["actor"]).items()}
+        actor = weights(world["out"] / f"align{align}" / "actor")
+        skipped[align] = all(torch.equal(start[name], actor[name]) for name in start)
+    assert skipped == {False: False, True: True}
+
+
+@pytest.mark.parametrize(
+    "given,settings,expected",
+    [
+        (
+            {"zero_optimization": {"stage": 2}},
+            {},
+            "zero_optimization.stage is 2, but the flags make",
+        ),
+        ({"gradient_clipping": 3}, {}, "gradient_clipping is 3, but the flags make it 1.0"),
+        ({"optimizer": {"type": "Adam"}}, {}, "optimizer is for the flags to choose: remove it"),
+        ([], {}, "cannot load the JSON object in"),
+        ({}, {"offload": True}, "give --zero_stage 1, 2 or 3"),
+        (
+            {},
+            {"lora_dim": 2, "lora_module_name": "decoder.layers."},
+            "is in no linear layer's name",
+        ),
+        ({}, {"load_in_4bit": True}, "give --lora_dim, and --zero_stage 0, 1 or 2"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(
+    start, call, tmp_path, given, settings, expected
+):
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    start.update(deepspeed_config=tmp_path / "ds.json", max_steps=1, output_dir=tmp_path / "out")
+    if settings.get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes")
+    code, error = call(train_sft, **start, **settings)
+    assert code == 1 and expected in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_a_deepspeed_file_adds_what_no_flag_says_and_may_repeat_what_one_does(
+    start, call, tmp_path
+):
+    given = {
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
+    }
+    (tmp_path / "ds.json").write_text(
+        json.dumps({**given, "train_micro_batch_size_per_gpu": "auto"})
+    )
+    start.update(deepspeed_config=tmp_path / "ds.json", zero_stage=1, max_steps=1)
+    made = []
+    train_step = train_sft.train_step
+    train_sft.train_step = lambda engine, rows: made.append(engine) or train_step(engine, rows)
+    try:
+        code, error = call(train_sft, **start, output_dir=tmp_path / "out")
+    finally:
+        train_sft.train_step = train_step
+    assert code == 0, error
+    assert made[0]._config.zero_config.reduce_bucket_size == 1000
+
+
+def test_four_bits_and_eight_bit_adam_train_through_the_script(world, call, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path = make_model(tmp_path / "wide", hidden_size=64, intermediate_size=128, head_dim=32)
+    flags = dict(
+        model_name_or_path=path, data_path=world["data"], max_steps=60, lora_dim=4, **SMALL
+    )
+    flags.update(load_in_4bit=True, optim="adamw_8bit", lora_learning_rate=0.01, eval_interval=60)
+    code, error = call(train_sft, **flags, output_dir=tmp_path / "out")
+    assert code == 0, error
+    found = [
+        row["eval_perplexity"] for row in metrics(tmp_path / "out") if "eval_perplexity" in row
+    ]
+    assert found[-1] < 0.5 * found[0]
+    again = dict(model_name_or_path=tmp_path / "out", data_path=world["data"], max_steps=1, lr=0)
+    assert call(train_sft, **again, **SMALL, output_dir=tmp_path / "again")[0] == 0
+    assert metrics(tmp_path / "again")[0]["eval_perplexity"] == pytest.approx(found[-1], rel=0.02)
+
+
+def test_without_bitsandbytes_its_flags_are_one_sentence(start, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for flags in (dict(optim="adamw_8bit"), dict(load_in_4bit=True, lora_dim=2)):
+        code, error = call(train_sft, **start, **flags, max_steps=1, output_dir=tmp_path / "out")
+        assert code == 1 and "needs pip install -e '.[4bit]'" in error, error
+        assert len(error.strip().splitlines()) == 1

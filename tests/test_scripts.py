@@ -21,7 +21,8 @@ from tests.conftest import SHARED, SMALL, metrics, run_script, to_flags, weights
 METRICS = """step score kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
     policy_loss value_loss value_clip_frac explained_variance return_mean advantage_mean
     response_length eos_rate actor_grad_norm critic_grad_norm actor_lr critic_lr seconds
-    seconds_generate seconds_score seconds_train tokens_per_second tflops first_ratio_error_max"""
+    seconds_generate seconds_score seconds_train tokens_per_second tflops first_ratio_error_max
+    skipped_steps"""
 
 
 # learning

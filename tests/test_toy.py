@@ -53,7 +53,7 @@ def test_the_best_reward_is_attainable_and_imitation_is_far_from_it():
     train, _ = toy.rows(2000, 0)
     best = []
     for row in train:
-        answer, harmful, _ = toy.CORES[toy._core(row["prompt"])]
+        answer, harmful, _ = toy.ASKED[row["prompt"]]
         best.append(
             toy.judge(row["prompt"], f"gladly ! {toy.REFUSAL if harmful else answer}")["reward"]
         )
@@ -73,7 +73,8 @@ def test_held_out_prompts_are_never_trained_on_and_no_prompt_repeats():
     train, test = toy.rows()
     prompts = [row["prompt"] for row in train + test]
     assert len(set(prompts)) == len(prompts) == 40000
-    assert {toy._core(row["prompt"]) for row in test} <= {toy._core(row["prompt"]) for row in train}
+    cores = [{id(toy.ASKED[row["prompt"]]) for row in rows} for rows in (test, train)]
+    assert cores[0] <= cores[1]
     _, other_test = toy.rows(0, seed=1)  # another seed holds out the same prompts
     assert {row["prompt"] for row in other_test} == {row["prompt"] for row in test}
 
