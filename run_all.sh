@@ -33,16 +33,14 @@ else
 fi
 
 command -v nvidia-smi rocm-smi > /dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}  # quiet
-launch() {
-    deepspeed --quiet --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}" "$@"
-}
+launch="deepspeed --quiet --num_gpus $NUM_GPUS --master_port ${MASTER_PORT:-29500}"
 common="--data_path $DATA --data_split $SPLIT --seed $SEED --dtype $DTYPE"
 
-launch train_sft.py --model_name_or_path "$ACTOR" --output_dir "$SFT" --log_interval 50 \
+$launch train_sft.py --model_name_or_path "$ACTOR" --output_dir "$SFT" --log_interval 50 \
     $common $sft ${SFT_FLAGS:-}
-launch train_rm.py --model_name_or_path "$CRITIC" --output_dir "$RM" --log_interval 50 \
+$launch train_rm.py --model_name_or_path "$CRITIC" --output_dir "$RM" --log_interval 50 \
     $common $rm ${RM_FLAGS:-}
-launch train_ppo.py --actor_model_name_or_path "$SFT" --critic_model_name_or_path "$RM" \
+$launch train_ppo.py --actor_model_name_or_path "$SFT" --critic_model_name_or_path "$RM" \
     --output_dir "$PPO" --enable_ema --log_interval 10 $common $ppo ${PPO_FLAGS:-}
 python -m rlhf.evaluate --models sft="$SFT" ppo="$PPO/actor" ema="$PPO/actor_ema" \
     --reward_model "$RM" --output_dir "$OUTPUT/evaluation" $common $evaluation ${EVAL_FLAGS:-}

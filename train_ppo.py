@@ -8,7 +8,6 @@
 Four models: the actor is the policy that learns; the reference is the actor as it was; the critic
 predicts each token's return; the reward model scores whole responses.  An iteration is a rollout,
 which samples responses and scores them, and a PPO update on it.  Shapes as in rlhf/losses.py."""
-import os
 import time
 from functools import partial
 
@@ -30,7 +29,6 @@ def parse():
     add = parser.add_argument_group("models").add_argument
     add("--actor_model_name_or_path", default="output/sft", help="and reference: of step 1 [ours]")
     add("--critic_model_name_or_path", default="output/rm", help="and reward: of step 2 [ours]")
-    add("--load_in_4bit", action="store_true", help="the actor's frozen weights [QLoRA]")
     for name in ("reference", "reward"):
         add(f"--{name}_zero_stage", type=int, choices=(0, 3), help="or the trained one's [DSC]")
         add(f"--offload_{name}_model", action="store_true", help="keep on the CPU [DSC]")
@@ -56,7 +54,6 @@ def parse():
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
     add = parser.add_argument_group("update").add_argument
     add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
-    add("--align_overflow", action="store_true", help="fp16: both models skip a step [DSC]")
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
     add("--value_clip", type=positive, default=0.2, help="of a value's move [DSC, constant]")
@@ -140,17 +137,12 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
                 actor.backward(actor_loss)
-                if not args.align_overflow:
-                    metrics["actor_grad_norm"] = engine.step(actor)
+                metrics["actor_grad_norm"] = engine.step(actor)
 
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 mask, args.value_clip, denom)
                 critic.backward(critic_loss)
-
-                if args.align_overflow:
-                    engine.align_overflow(actor, critic)
-                    metrics["actor_grad_norm"] = engine.step(actor)
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
                                 "critic_grad_norm": engine.step(critic)})
@@ -166,15 +158,13 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
 
 def load_models(args, tokenizer, total):
     """-> actor and critic (engines with optimizers), reference and reward model (frozen)."""
-    dtype = engine.pick_dtype(args.dtype)
-    start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
-    policy = partial(models.load_policy, start, tokenizer, dtype)
-    scalar = partial(models.load_scalar, scores, tokenizer, dtype)
-    actor, critic = policy(in_4bit=args.load_in_4bit), scalar()
-    for model, path in ((actor, start), (critic, scores)):
-        models.check_context(model, path, args.max_prompt_seq_len + args.max_answer_seq_len)
+    common = (tokenizer, engine.pick_dtype(args.dtype),
+              args.max_prompt_seq_len + args.max_answer_seq_len)
+    policy = partial(models.load_policy, args.actor_model_name_or_path, *common)
+    scalar = partial(models.load_scalar, args.critic_model_name_or_path, *common)
+    actor, critic = policy(), scalar()
     if args.unsupervised_dataset_name:
-        models.check_packing(actor, start)
+        models.check_packing(actor, args.actor_model_name_or_path)
     common = (args.per_device_training_batch_size,
               total * args.ppo_epochs * args.rows // args.step_rows)
     actor = engine.train_engine(actor, args, "actor_", *common)
@@ -190,21 +180,18 @@ def main():
     start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
     flags.check_made(start, "train_sft.py", "--actor_model_name_or_path")
     flags.check_made(scores, "train_rm.py", "--critic_model_name_or_path")
-    flags.check_writable(args.output_dir)
     engine.init(args)
 
     tokenizer = models.load_tokenizer(start, args)
     models.check_same_vocabulary(start, tokenizer, scores)
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
-    cut = (args.per_device_generation_batch_size, args.generation_batches)
-    epoch = batches.steps_per_epoch(train, *cut, "--per_device_generation_batch_size")
-    total = args.max_steps or epoch * args.num_train_epochs
+    cut, _, total = batches.plan(args, train, "per_device_generation_batch_size",
+                                 args.generation_batches)
     text = batches.text_stream(args, tokenizer)
 
     actor, critic, reference, reward_model = load_models(args, tokenizer, total)
     ema = EMA(actor.module, args.ema_decay) if args.enable_ema else None
-    engine.seed_ranks(args.seed)
 
     log = Log(args, total, ("score", "kl", "response_length", "eos_rate", "ratio_max", "clip_frac",
                             "value_loss", "explained_variance", "seconds"), actor)
@@ -218,12 +205,11 @@ def main():
         if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
             log.samples(step, tokenizer, experience)
 
-    save = lambda model, name, start: engine.save(
-        model, tokenizer, os.path.join(args.output_dir, name), args.only_optimize_lora and start)
-    save(actor, "actor", start), save(critic, "critic", scores)
+    engine.save(actor, tokenizer, f"{args.output_dir}/actor")
+    engine.save(critic, tokenizer, f"{args.output_dir}/critic")
     if ema is not None:
         with ema.swapped_in():
-            save(actor, "actor_ema", start)
+            engine.save(actor, tokenizer, f"{args.output_dir}/actor_ema")
     log.close()
 
 

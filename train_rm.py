@@ -56,35 +56,28 @@ def evaluate(model, rows, collate, batch_size):
 
 def main():
     args = parse()
-    flags.check_writable(args.output_dir)
     engine.init(args)
 
     tokenizer = models.load_tokenizer(args.model_name_or_path, args)
     train, held_out = data.load(args, tokenizer, 2)
     to_batch = partial(batches.collate, tokenizer, responses=("chosen", "rejected"))
-    cut = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    epoch = batches.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
-    total = args.max_steps or epoch * args.num_train_epochs
+    cut, epoch, total = batches.plan(args, train)
 
     model = models.load_scalar(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
-                               new_head=True)
-    models.check_context(model, args.model_name_or_path, args.max_seq_len)
+                               args.max_seq_len, new_head=True)
     model = engine.train_engine(model, args, "", cut[0], total)
-    engine.seed_ranks(args.seed)
 
     log = Log(args, total, ("loss", "accuracy", "margin", "lr", "tokens_per_second"), model)
     evaluation = partial(evaluate, model, held_out, to_batch, args.per_device_eval_batch_size)
     log.evaluation(0, evaluation())
     for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
                                                        args.group_by_length):
-        lr = model.get_lr()[0]
-        metrics = train_step(model, micro_batches)
+        lr, metrics = model.get_lr()[0], train_step(model, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics), "lr": lr})
         if step % (args.eval_interval or epoch) == 0 or step == total:
             log.evaluation(step, evaluation())
 
-    engine.save(model, tokenizer, args.output_dir,
-                args.only_optimize_lora and args.model_name_or_path)
+    engine.save(model, tokenizer, args.output_dir)
     log.close()
 
 

@@ -18,7 +18,6 @@ def parse():
     parser.add_argument("--train_on_prompt", action="store_true",
                         help="prompts too, as DeepSpeed-Chat does [ours: responses only]")
     parser.add_argument("--packing", action="store_true", help="rows share sequences [ours: off]")
-    parser.add_argument("--load_in_4bit", action="store_true", help="frozen weights [QLoRA]")
     flags.add_data(parser)
     parser.add_argument("--sft_only_data_path", nargs="*", default=[],
                         help="data sets without pairs, used whole by step 1 [DSC]")
@@ -45,7 +44,6 @@ def train_step(policy, micro_batches):
 
 def main():
     args = parse()
-    flags.check_writable(args.output_dir)
     engine.init(args)
 
     tokenizer = models.load_tokenizer(args.model_name_or_path, args)
@@ -54,17 +52,13 @@ def main():
     if args.packing:
         train = batches.Packs(train, args.max_seq_len)
         to_batch = partial(batches.collate_packs, tokenizer)
-    cut = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    epoch = batches.steps_per_epoch(train, *cut, "--per_device_train_batch_size")
-    total = args.max_steps or epoch * args.num_train_epochs
+    cut, epoch, total = batches.plan(args, train)
 
     policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
-                                args.load_in_4bit)
-    models.check_context(policy, args.model_name_or_path, args.max_seq_len)
+                                args.max_seq_len)
     if args.packing:
         models.check_packing(policy, args.model_name_or_path)
     policy = engine.train_engine(policy, args, "", cut[0], total)
-    engine.seed_ranks(args.seed)
 
     log = Log(args, total, ("loss", "grad_norm", "lr", "tokens_per_second"), policy)
     evaluation = lambda: {"eval_perplexity": perplexity(
@@ -72,14 +66,12 @@ def main():
     log.evaluation(0, evaluation())
     for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
                                                        args.group_by_length):
-        lr = policy.get_lr()[0]
-        metrics = train_step(policy, micro_batches)
+        lr, metrics = policy.get_lr()[0], train_step(policy, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics), "lr": lr})
         if step % (args.eval_interval or epoch) == 0 or step == total:
             log.evaluation(step, evaluation())
 
-    engine.save(policy, tokenizer, args.output_dir,
-                args.only_optimize_lora and args.model_name_or_path)
+    engine.save(policy, tokenizer, args.output_dir)
     log.close()
 
 

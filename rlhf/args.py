@@ -2,7 +2,6 @@
 DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] arXiv:1707.06347,
 [GAE] arXiv:1506.02438, [ours: why]."""
 import argparse
-import importlib
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ REMOVED = {flag: answer for flags, answer in {
     "eval_iters": "the evaluation covers all held-out rows; --max_eval_rows N cuts it",
     "enable_hybrid_engine inference_tp_size tp_gather_partition_size unpin_actor_parameters "
     "release_inference_cache": "rollouts are Transformers' generate, no hybrid engine: drop it",
+    "align_overflow": "a model whose fp16 gradients overflow skips its own step: drop it",
     "enable_mixed_precision_lora": "adapters have the model's dtype, masters fp32: drop it",
 }.items() for flag in flags.split()}
 
@@ -77,14 +77,6 @@ def opened(function, path, what, *rest, **kwargs):
         raise InputError(f"cannot load {what} {path}{where}: {reason}") from error
 
 
-def needed(package, flag):
-    """Import a package that only this flag needs."""
-    try:
-        return importlib.import_module(package)
-    except Exception as error:
-        raise InputError(f"{flag} needs pip install -e '.[4bit]': {error}") from error
-
-
 def run(main):
     """Call a script's main(); bad input ends it with one sentence and exit code 1."""
     try:
@@ -96,16 +88,15 @@ def run(main):
 def _number(kind, allowed, wanted):
     def convert(text):
         try:
-            value = kind(text)
+            if allowed(value := kind(text)):
+                return value
         except ValueError:
-            value = None
-        if value is not None and allowed(value):
-            return value
+            pass
         raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
     return convert
 
 
-INF = float("inf")
+INF, switch = float("inf"), argparse.BooleanOptionalAction
 positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 at_least_2 = _number(int, lambda x: x > 1, "a whole number above 1")
 seed = _number(int, lambda x: 0 <= x < 1 << 31, "a whole number below 2^31")
@@ -125,7 +116,7 @@ def add_data(parser):
     add("--data_split", default="2,4,4", help="disjoint shares of the rows for steps 1,2,3 [DSC]")
     add("--data_output_path", default=os.path.expanduser("~/.cache/rlhf"), help="cache [ours]")
     add("--eval_fraction", type=open_fraction, default=0.1, help="of data without test rows [ours]")
-    add("--dedup_prompts", action=argparse.BooleanOptionalAction, default=True,
+    add("--dedup_prompts", action=switch, default=True,
         help="a data set's prompt is in one step only, none held out too; no row twice [ours]")
     add("--end_of_conversation_token", help="ends every response [ours: the tokenizer's eos]")
     add("--add_eot_token", action="store_true", help="it is new: embeddings get a row [DSC]")
@@ -165,10 +156,8 @@ def add_training(parser, learning_rate=None, warmup=0):
     add("--adam_beta2", type=open_fraction, default=0.95, help="with beta1 0.9 [DSC]")
     add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")
     add("--lora_alpha", type=positive, help="adapters count alpha / rank [QLoRA: 2 x rank]")
-    add("--only_optimize_lora", action=argparse.BooleanOptionalAction, default=True,
-        help="what has no adapter stays as it is [PEFT; DSC: trains]")
+    add("--only_optimize_lora", action=switch, default=True, help="of --lora_dim [PEFT; DSC: no]")
     add("--offload", action="store_true", help="optimizer (stage 3: weights too) on the CPU [DSC]")
-    add("--optim", choices=("adamw", "adamw_8bit"), default="adamw", help="8: [ours: exact]")
     add("--deepspeed_config", help="JSON file: in place of defaults, besides the flags [DSC]")
     add("--max_steps", type=count, default=0, help="(step 3: iterations) or 0: whole epochs [ours]")
     add("--log_interval", type=positive_int, default=10, help="steps a line [ours: readable]")
@@ -182,19 +171,16 @@ def add_run(parser, output_dir):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=output_dir, help="takes all a run leaves [ours: a default]")
     add("--seed", type=seed, default=1234, help="of everything random, alike in all steps [DSC]")
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="auto: bf16 on a GPU that has it, else fp32 [ours: fp16 overflows]")
-    add("--log_level", choices=("debug", "info", "warning", "error"), default="error",
+    add("--dtype", choices="auto fp32 bf16 fp16".split(), default="auto", help="bf16/fp32 [ours]")
+    add("--log_level", choices="debug info warning error".split(), default="error",
         help="of the libraries' own messages [ours: a terminal to read]")
 
 
 def split_shares(text):
     """"2,4,4" -> [0.2, 0.4, 0.4]."""
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(0 <= share < INF for share in shares) or sum(shares) <= 0:
+    shares = [float(part) if part.strip().replace(".", "", 1).isdecimal() else -1.0
+              for part in text.split(",")]
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) == 0:
         raise InputError(f"--data_split must be three numbers such as 2,4,4, not {text}")
     return [share / sum(shares) for share in shares]
 

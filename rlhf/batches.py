@@ -5,18 +5,22 @@ from functools import partial
 
 import torch
 from datasets import load_from_disk
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf import cache, engine, files, render
 from rlhf.args import InputError
 
 
-def steps_per_epoch(units, batch_size, accumulation, flag, what="training rows (or packs)"):
-    """Optimizer steps in one pass.  InputError when the rows do not fill a single one."""
-    span = batch_size * accumulation * engine.world_size()
+def plan(args, units, flag="per_device_train_batch_size", accumulation=None,
+         what="training rows (or packs)"):
+    """-> (rows of a micro-batch, micro-batches of a step), optimizer steps of an epoch, of the run.
+    InputError when the units do not fill a single step."""
+    cut = (getattr(args, flag), accumulation or args.gradient_accumulation_steps)
+    span = cut[0] * cut[1] * engine.world_size()
     if len(units) < span:
         raise InputError(f"{len(units)} {what} do not fill one step of {span} (batch x "
-                         f"accumulation x ranks): lower {flag} or add data")
-    return len(units) // span
+                         f"accumulation x ranks): lower --{flag} or add data")
+    return cut, len(units) // span, args.max_steps or len(units) // span * args.num_train_epochs
 
 
 def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_length=False):
@@ -51,30 +55,24 @@ def eval_batches(rows, collate, batch_size):
 def collate(tokenizer, rows, responses=("chosen",)):
     """Rows of ids -> a batch (see models.py); of two responses: all chosen, then all rejected."""
     prompts = [row["prompt"] for row in rows] * max(1, len(responses))
-    batch = dict(zip(("prompt_ids", "prompt_mask"), pad(prompts, tokenizer.pad_token_id, True)))
+    batch = dict(zip(("prompt_ids", "prompt_mask"), pad(prompts, tokenizer.pad_token_id, "left")))
     if responses:
         texts = [row[name] for name in responses for row in rows]
         batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))
     return batch
 
 
-def pad(sequences, fill, left=False):
+def pad(sequences, fill, side="right"):
     """Lists of ids -> (B, longest) ids and mask, on this rank's device."""
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), fill)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        span = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        ids[row, span], mask[row, span] = torch.tensor(sequence, dtype=torch.long), True
-    return ids.to(engine.device()), mask.to(engine.device())
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    ids = pad_sequence(rows, True, fill, side).to(engine.device())
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], True, 0, side).to(ids) > 0
 
 
 class Packs:
-    """Rows -> a sequence of lists of rows that fit into `room` tokens together, by best fit: the
-    longest row first, each where the least room remains."""
+    """Rows -> lists of rows that fit into `room` tokens: longest first, where the least remains."""
     def __init__(self, rows, room):
-        lengths = cache.column(rows, "length")
-        self.rows, self.packs = rows, []
+        lengths, self.rows, self.packs = cache.column(rows, "length"), rows, []
         free, shortest = [], lengths.min(initial=room)           # free: sorted (room left, pack)
         for number in (-lengths).argsort(kind="stable").tolist():
             at = bisect.bisect_left(free, (lengths[number], -1))
@@ -111,8 +109,8 @@ def collate_packs(tokenizer, packs):
 
 
 def text_stream(args, tokenizer):
-    """Endless packed batches of plain text for the unsupervised loss; None if no data set is named
-    for it.  A text ends with eos; a long one is cut.  Its first token is its prompt."""
+    """Endless packed batches of plain text for the unsupervised loss, if a data set is named.
+    A text ends with eos; a long one is cut.  Its first token is its prompt."""
     name, length = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
     if name is None:
         return None
@@ -120,8 +118,7 @@ def text_stream(args, tokenizer):
     build = partial(_build_texts, path, length, args, tokenizer)
     identity = [cache.fingerprint(path), length, args.seed]
     packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
-    cut = (args.per_device_training_batch_size, 1)
-    steps_per_epoch(packs, *cut, "--per_device_training_batch_size", f"packs of text from {path}")
+    cut, *_ = plan(args, packs, "per_device_training_batch_size", 1, f"packs of text from {path}")
     steps = optimizer_steps(packs, partial(collate_packs, tokenizer), *cut, args.seed, 1 << 62)
     return (micro_batch for _, [micro_batch] in steps)
 

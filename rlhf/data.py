@@ -53,18 +53,19 @@ _shp = lambda row: row if row["labels"] == 1 else {                 # 1: the fir
 _last_answer = lambda row: {**row, **{                              # without the prompt before it
     column: (row[column] or "").rpartition("Assistant:")[2] for column in ("chosen", "rejected")}}
 ask = (render.HUMAN + " {{{}}}" + render.ASSISTANT).format                # a column -> a template
+PAIR = "{prompt}", "{chosen}", "{rejected}"
 MIRACL = Layout(ask("query"), " {positive_passages[0][text]}", " {negative_passages[0][text]}")
 
 # A data set is known by its hub id, else row by row by its columns: the layout that uses most.
 DATASETS = {
-    "columns prompt, chosen, rejected": Layout("{prompt}", "{chosen}", "{rejected}"),
-    "columns with a demonstration": Layout("{prompt}", "{chosen}", "{rejected}", "{response}"),
+    "columns prompt, chosen, rejected": Layout(*PAIR),
+    "columns with a demonstration": Layout(*PAIR, "{response}"),
     "columns prompt, response": Layout("{prompt}", "{response}"),
     "columns prompt, completion": Layout("{prompt}", "{completion}"),
     "columns messages": Layout(None, "{messages}"),
     "columns prompt": Layout("{prompt}"),
-    **dict.fromkeys(("Dahoas/rm-static", "Dahoas/full-hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"
-                     ), Layout("{prompt}", "{chosen}", "{rejected}")),
+    **dict.fromkeys(("Dahoas/rm-static", "Dahoas/full-hh-rlhf",
+                     "HuggingFaceH4/ultrafeedback_binarized"), Layout(*PAIR)),
     "Dahoas/synthetic-instruct-gptj-pairwise": Layout(ask("prompt"), " {chosen}", " {rejected}"),
     "yitingxie/rlhf-reward-datasets": Layout("{prompt}Assistant:", "{chosen}", "{rejected}",
                                              fix=_last_answer),
@@ -109,9 +110,8 @@ def load(args, tokenizer, phase, max_prompt=None):
     """One phase's rows of all --data_path -> training rows, held-out rows: Datasets with COLUMNS.
     Without prompts of more than max_prompt tokens.  InputError for what cannot be read or used."""
     shares = np.cumsum([0.0, *split_shares(args.data_split)])[phase - 1:phase + 1].tolist()
-    sources = [(path, shares) for path in args.data_path]
-    if phase == 1:
-        sources += [(path, [0.0, 1.0]) for path in getattr(args, "sft_only_data_path", [])]
+    whole = getattr(args, "sft_only_data_path", []) if phase == 1 else []
+    sources = [(path, shares) for path in args.data_path] + [(path, [0.0, 1.0]) for path in whole]
     length = 1 << 30 if phase == 3 else getattr(args, "max_seq_len", 1 << 30)
     settings = {"max_seq_len": length, "max_prompt": max_prompt,
                 "train_on_prompt": getattr(args, "train_on_prompt", False)}
@@ -176,8 +176,8 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
 
 
 def _texts(stream, name, phase, args, tokenizer, cache_dir):
-    """A stream of raw rows -> Dataset of texts, hashes, why to drop a row.  All are rendered, so
-    that a bad row stops every step and not just the one it falls to."""
+    """A stream of raw rows -> Dataset of texts, hashes, why to drop a row.  All rows are rendered:
+    a bad one stops every step, not just its own."""
     layouts = {}
     def number(*texts):
         digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
@@ -213,7 +213,7 @@ def inspect_data():
     args = parser.parse_args()
     engine.quieten(args.log_level)
     tokenizer = models.load_tokenizer(args.tokenizer, args)
-    rows, _ = load(args, tokenizer, args.phase, args.max_prompt_seq_len if args.phase == 3 else None)
+    rows, _ = load(args, tokenizer, args.phase, [None, args.max_prompt_seq_len][args.phase == 3])
     names, quantiles = list(COLUMNS)[:render.NEEDED[args.phase]], (0, 5, 25, 50, 75, 95, 100)
     print("\n" + "".join(f"{t:>8}" for t in ("tokens", "mean", *(f"{q} %" for q in quantiles))))
     for name in names:

@@ -5,8 +5,7 @@ local = lambda parameter: getattr(parameter, "ds_tensor", parameter).detach()   
 
 
 class EMA:
-    """An fp32 shadow of this rank's trained parameters (its shard under ZeRO-3), to be updated
-    once an optimizer step."""
+    """An fp32 shadow of this rank's trained parameters (under ZeRO-3 its shard)."""
     # differs: DeepSpeed-Chat's is in the model's dtype, every micro-batch, and lost under ZeRO-3
 
     def __init__(self, module, decay=0.992):
@@ -14,7 +13,7 @@ class EMA:
         self.decay, self.shadow = decay, [local(p).float().clone() for p in self.parameters]
 
     def update(self):
-        """shadow <- decay * shadow + (1 - decay) * parameter."""
+        """Once an optimizer step: shadow <- decay * shadow + (1 - decay) * parameter."""
         for shadow, parameter in zip(self.shadow, self.parameters):
             shadow.lerp_(local(parameter).float(), 1 - self.decay)
 

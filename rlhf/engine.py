@@ -24,13 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import lora, models
-from rlhf.args import InputError, needed, opened
+from rlhf.args import InputError, check_writable, opened
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def init(args):
     """Join the other processes, if any; seed everything, quieten the libraries."""
+    check_writable(args.output_dir)
     quieten(args.log_level)
     if "RANK" not in os.environ:                              # python train_X.py
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
@@ -39,26 +40,17 @@ def init(args):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # it would be compiled
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:                                                     # torchrun's name, or DeepSpeed's
-        here = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"} & os.environ.keys()
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // min(int(os.environ[name]) for name in here)))
+    else:                                                      # torchrun's names, and DeepSpeed's
+        names = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"} & os.environ.keys()
+        ranks = min(int(os.environ[name]) for name in names)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     with hushed(args):
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False,
                                    timeout=datetime.timedelta(hours=4))   # rank 0 may tokenise
-    atexit.register(_leave_group)
+    # Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go.
+    atexit.register(lambda: dist.is_initialized() and not hasattr(sys, "last_value")
+                    and dist.destroy_process_group())
     transformers.set_seed(args.seed)
-
-
-def _leave_group():
-    """Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go."""
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.destroy_process_group()
-
-
-def seed_ranks(seed):
-    """From here on every rank draws its own noise; models were built alike before."""
-    transformers.set_seed(seed + 100003 * rank())
 
 
 def quieten(level):
@@ -68,39 +60,30 @@ def quieten(level):
     if level in ("error", "warning"):
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    for library in (transformers.utils.logging, datasets.utils.logging):
-        library.set_verbosity(getattr(logging, level.upper()))
-    for name in ("DeepSpeed", "torch.distributed", "bitsandbytes"):
+    for name in ("DeepSpeed", "torch.distributed", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(level.upper())
 
 
-def hushed(args):
-    """A context in which DeepSpeed's own print calls go nowhere."""
-    return contextlib.redirect_stdout(io.StringIO()) if args.log_level == "error" \
-        else contextlib.nullcontext()
+hushed = lambda args: contextlib.redirect_stdout(             # where DeepSpeed's own print calls go
+    io.StringIO() if args.log_level == "error" else sys.stdout)
 
 
 def pick_dtype(name):
     """--dtype -> torch dtype."""
-    if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return DTYPES[name]
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return DTYPES["fp32 bf16".split()[bf16] if name == "auto" else name]
 
 
 def train_engine(model, args, name, micro_batch, total_steps):
     """A DeepSpeed engine with adapters, AdamW (no decay for biases and norms) and a Transformers
-    schedule, as the flags say; name: what those of this model begin with (step 3: actor_, critic_).
-    """
+    schedule, as the flags say; name: what this model's begin with (step 3: actor_, critic_)."""
+    transformers.set_seed(args.seed)                              # adapters are alike on all ranks
     of = lambda flag: getattr(args, name + flag)
     dtype, stage = pick_dtype(args.dtype), of("zero_stage")
-    if args.offload and (not stage or args.optim != "adamw"):
-        raise InputError(f"--offload moves shards of AdamW to the CPU: give --{name}zero_stage 1, 2 "
-                         f"or 3, and no other --optim")
-    if getattr(model, "is_loaded_in_4bit", False) and (stage == 3 or not of("lora_dim")):
-        raise InputError(f"--load_in_4bit freezes a copy of the weights on every rank: give "
-                         f"--{name}lora_dim, and --{name}zero_stage 0, 1 or 2")
-    if dtype != torch.float32:     # at stage 0, DeepSpeed 0.19.8 divides fp16 gradients by a loss
-        stage = max(stage, 1)      # scale that it never applied (its PR 8393); bf16 steps differ too
+    if args.offload and not stage:
+        raise InputError(f"--offload moves shards to the CPU: give --{name}zero_stage 1, 2 or 3")
+    if dtype != torch.float32:   # at stage 0, DeepSpeed 0.19.8 divides fp16 gradients by a loss
+        stage = max(stage, 1)    # scale that it never applied (its PR 8393); bf16 steps differ too
     if of("lora_dim"):
         lora.add(model, of("lora_dim"), args.lora_alpha, of("lora_module_name"),
                  args.only_optimize_lora)
@@ -114,8 +97,7 @@ def train_engine(model, args, name, micro_batch, total_steps):
             rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate")
             groups[rate, of("weight_decay") if weight.ndim >= 2 else 0.0].append(weight)
     adam = deepspeed.ops.adam.DeepSpeedCPUAdam if args.offload else \
-        needed("bitsandbytes", "--optim adamw_8bit").optim.AdamW8bit \
-        if args.optim == "adamw_8bit" else partial(torch.optim.AdamW, fused=True)
+        partial(torch.optim.AdamW, fused=True)
     optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
                       for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
@@ -123,18 +105,18 @@ def train_engine(model, args, name, micro_batch, total_steps):
     config = {"train_micro_batch_size_per_gpu": micro_batch,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
               "gradient_clipping": args.max_grad_norm, "steps_per_print": 1 << 31,
-              "zero_allow_untested_optimizer": True, **_memory(dtype, stage, args.offload)}
-    if args.enable_tensorboard:
-        path = args.tensorboard_path or os.path.join(args.output_dir, "tensorboard")
-        config["tensorboard"] = {"enabled": True, "output_path": path, "job_name": ""}
+              "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
+                              args.tensorboard_path or f"{args.output_dir}/tensorboard"},
+              **_memory(dtype, stage, args.offload)}
     if args.deepspeed_config:
-        read = lambda path: {**json.loads(open(path).read())}
+        read = lambda path: {**json.load(open(path))}
         _merge(config, opened(read, args.deepspeed_config, "the JSON object in"),
                args.deepspeed_config)
     with hushed(args):
         engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
                                       config=config)[0]
-    engine.passes = 4 if of("gradient_checkpointing") else 3    # forward, backward of twice its cost
+    transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
+    engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work
     return engine
 
 
@@ -150,9 +132,7 @@ def _memory(dtype, stage, offload):
 def _merge(config, given, path, where=""):
     """--deepspeed_config into what the flags say.  InputError where they disagree."""
     for key, value in given.items():
-        ours = config.setdefault(key, value)
-        if key in ("optimizer", "scheduler", "train_batch_size"):
-            raise InputError(f"{path}: {key} is for the flags to choose: remove it")
+        ours = config.setdefault(key, "their own" if key in ("optimizer", "scheduler") else value)
         if isinstance(ours, dict) and isinstance(value, dict):
             _merge(ours, value, path, f"{where}{key}.")
         elif value not in (ours, "auto"):
@@ -161,9 +141,10 @@ def _merge(config, given, path, where=""):
 
 
 def frozen(model, args=None, name=None, stage=0):
-    """A model that is only read: reference, reward.  Sharded if offloaded, or at ZeRO-3: its own, or
-    else that of the trained one."""
-    own, offload = (getattr(args, flag, None) for flag in (f"{name}_zero_stage", f"offload_{name}_model"))
+    """A model that is only read: reference, reward model.  Sharded at --<name>_zero_stage 3 (or, if
+    not given, `stage`) and with --offload_<name>_model."""
+    own, offload = (getattr(args, flag.format(name), None)
+                    for flag in ("{}_zero_stage", "offload_{}_model"))
     model.eval().requires_grad_(False)
     if (stage if own is None else own) < 3 and not offload:
         return model.to(device())
@@ -182,32 +163,20 @@ def global_denom(masks):
 
 def step(engine):
     """engine.step() -> the gradient's norm before clipping; None where it only accumulates."""
-    last = engine.is_gradient_accumulation_boundary()
-    norm = None
-    if last and engine.optimizer is engine.basic_optimizer:      # fp32, ZeRO 0: no norm is kept
-        norm = torch.nn.utils.get_total_norm(
-            p.grad for p in engine.module.parameters() if p.grad is not None)
+    if not engine.is_gradient_accumulation_boundary():
+        return engine.step()                       # None: DeepSpeed still has the norm of last time
+    plain = engine.optimizer is engine.basic_optimizer           # fp32, ZeRO 0: it keeps no norm
+    gradients = (p.grad for p in engine.module.parameters() if p.grad is not None)
+    norm = torch.nn.utils.get_total_norm(gradients) if plain else None
     engine.step()
-    vars(engine.optimizer).pop("has_overflow", None)                   # align_overflow's
-    if not last:                                     # DeepSpeed still has the step's before
-        return None
-    return float(engine.get_global_grad_norm() if norm is None else norm)
-
-
-def align_overflow(*engines):
-    """Where the fp16 gradients of one overflow, let all skip their next step."""
-    if engines[0].fp16_enabled() and engines[0].is_gradient_accumulation_boundary():
-        overflow = any([engine.optimizer.has_overflow() for engine in engines])
-        for engine in engines:
-            engine.optimizer.has_overflow = lambda *_, **__: overflow
+    return float(norm if plain else engine.get_global_grad_norm())
 
 
 @contextlib.contextmanager
 def whole(engine):
     """The engine's plain module with all parameters in place, gathered once under ZeRO-3."""
     if engine.zero_optimization_stage() < 3:
-        yield engine.module
-        return
+        return (yield engine.module)
     offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         for hook in offload.forward_hooks + offload.backward_hooks:   # they would free parameters
@@ -219,20 +188,17 @@ def whole(engine):
         offload._register_deepspeed_module(offload.module)
 
 
-def save(engine, tokenizer, path, start=None):
-    """Save an engine's model in the Hugging Face layout; rank 0 writes.  start: see models.py."""
-    sharded = engine.zero_optimization_stage() == 3
-    weights = engine._zero3_consolidated_16bit_state_dict() if sharded else None
-    on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights, start))
+def save(engine, tokenizer, path):
+    """Save an engine's model in the Hugging Face layout; rank 0 writes."""
+    weights = engine._zero3_consolidated_16bit_state_dict() \
+        if engine.zero_optimization_stage() == 3 else None
+    on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights))
 
 
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
-
-
-def device():
-    cuda = torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+device = lambda: torch.device("cuda", torch.cuda.current_device()) \
+    if torch.cuda.is_available() else torch.device("cpu")
 
 
 def all_sum(tensor):
@@ -244,10 +210,9 @@ def all_sum(tensor):
 
 def gather(tensor):
     """One tensor of the same shape from every rank -> (ranks, ...)."""
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    if not dist.is_initialized():
-        return tensor[None]
-    dist.all_gather(parts, tensor.contiguous())
+    parts = [tensor.clone() for _ in range(world_size())]
+    if dist.is_initialized():
+        dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 
 
@@ -280,10 +245,10 @@ def reduce_metrics(metrics):
 def on_rank_zero(function, every_node=False):
     """Rank 0 (or each node's first) calls the function, the others wait; its error ends all."""
     error = None
-    if (int(os.environ.get("LOCAL_RANK", 0)) if every_node else rank()) == 0:
-        try:
+    try:
+        if (int(os.environ.get("LOCAL_RANK", 0)) if every_node else rank()) == 0:
             function()
-        except Exception as caught:                  # raised below, when the others have heard
-            error = caught
+    except Exception as caught:                      # raised below, when the others have heard
+        error = caught
     if all_sum(torch.tensor(float(error is not None), device=device())):
         raise error or InputError("another rank stopped")

@@ -50,8 +50,8 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
     """One response to each prompt -> score, kl, length, ended: (N,) tensors; text: a list."""
     torch.manual_seed(args.seed)
     parts, texts = [], []
-    for start in range(0, len(prompts), args.batch_size):
-        batch = batches.collate(tokenizer, prompts[start:start + args.batch_size], responses=())
+    collate = partial(batches.collate, tokenizer, responses=())
+    for batch in batches.eval_batches(prompts, collate, args.batch_size):
         batch = sample(policy, batch, args.max_answer_seq_len, args.temperature)
         log_ratio = torch.zeros(batch["mask"].shape) if policy is baseline else \
             models.policy_logprobs(policy, batch, args.temperature) \
@@ -91,8 +91,8 @@ def table(rows):
     def cell(row, name):
         ci = f" ± {row[f'{name}_ci']:.2f}" if f"{name}_ci" in row else ""
         return f"{row[name]:.2f}{ci}" if name in row else ""
-    lines = [["model", *shown.values()], ["---"] * (len(shown) + 1)]
-    lines += [[model, *(cell(row, name) for name in shown)] for model, row in rows.items()]
+    lines = [["model", *shown.values()], ["---"] * (len(shown) + 1),
+             *([model, *(cell(row, name) for name in shown)] for model, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
@@ -110,10 +110,8 @@ def main():
     for path in [*paths.values(), args.reward_model]:
         flags.check_made(path, "the script that trains it", "--models")
         models.check_same_vocabulary(start, tokenizer, path)
-    def load(path, kind=models.load_policy):
-        model = kind(path, tokenizer, engine.pick_dtype(args.dtype))
-        models.check_context(model, path, args.max_prompt_seq_len + args.max_answer_seq_len)
-        return engine.frozen(model)
+    length, dtype = args.max_prompt_seq_len + args.max_answer_seq_len, engine.pick_dtype(args.dtype)
+    load = lambda path, kind=models.load_policy: engine.frozen(kind(path, tokenizer, dtype, length))
     baseline, reward_model = load(start), load(args.reward_model, models.load_scalar)
     _, held_out = data.load(args, tokenizer, 1)
     prompts = [{**row, "chosen": row["chosen"][:args.max_answer_seq_len]} for row in held_out

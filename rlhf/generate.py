@@ -1,6 +1,5 @@
 """Sampling from the policy."""
 import torch
-from transformers import GenerationConfig
 
 
 @torch.no_grad()
@@ -9,18 +8,10 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     Returns them with `response_ids` and `mask` (B, R), R the longest response drawn.  The mask ends
     with the first end-of-sequence token, included.  Always samples: of an argmax PPO's importance
     ratio would mean nothing."""
-    ids = model.generation_config
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id,
-        do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-    model.eval()
-    # What stays None in `settings` would be taken from the model's own generation_config.
-    kept, model.generation_config = model.generation_config, settings
-    try:
-        sequences = model.generate(prompts["prompt_ids"], generation_config=settings,
-                                   attention_mask=prompts["prompt_mask"].long())
-    finally:
-        model.generation_config = kept
+    ids = model.generation_config                          # says no more than these: models.py
+    sequences = model.eval().generate(
+        prompts["prompt_ids"], attention_mask=prompts["prompt_mask"].long(), do_sample=True,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     response = sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
     ends = (response == ids.eos_token_id).int()
     mask = ends.cumsum(1) - ends == 0                     # no end before this token

@@ -60,15 +60,13 @@ class Log:
                 say(f"  {prompt[-200:]} => {response[:300]}   [score {score:.2f}, kl {kl:.2f}]")
 
     def close(self):
-        for file in (self.bar, *self.files.values()):
-            file.close()
+        self.bar.close()
 
     def _record(self, step, metrics, prefix):
         row = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         print(json.dumps({"step": step, **row}), file=self.files["metrics"])
-        monitor = self.engine.monitor                     # DeepSpeed's: TensorBoard and others
-        if monitor.enabled:
-            monitor.write_events([(prefix + n, value, step) for n, value in metrics.items()])
+        if self.engine.monitor.enabled:                   # DeepSpeed's: TensorBoard and others
+            self.engine.monitor.write_events([(prefix + n, v, step) for n, v in metrics.items()])
         self.clock = time.perf_counter()
 
     def _say(self, step, metrics):
@@ -83,9 +81,8 @@ def write_json(path, value):
     os.replace(f"{path}.tmp", path)
 
 
-def count_tokens(batches):
-    """Prompt and response tokens, padding aside."""
-    return sum(batch["prompt_mask"].sum() + batch["mask"].sum() for batch in batches)
+count_tokens = lambda batches: sum(batch["prompt_mask"].sum() + batch["mask"].sum()   # not padding
+                                   for batch in batches)
 
 
 def forward_flops(model, batches):

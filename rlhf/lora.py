@@ -3,9 +3,7 @@
 Hu et al. 2021 (arXiv:2106.09685) eq. 3: h = W x + (alpha / r) B A x.  B starts as zero, so that the
 model starts as it was; with its adapters off it is the reference of PPO and DPO."""
 import json
-import os
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import linear
@@ -15,22 +13,19 @@ from rlhf.args import InputError
 
 
 class LoRA(nn.Module):
-    """A Linear (perhaps of 4 bits) or GPT-2's Conv1D, with an adapter of this rank."""
+    """A Linear or GPT-2's Conv1D, with an adapter of this rank."""
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        columns, rows = (base.nx, base.nf) if isinstance(base, Conv1D) else \
-            (base.in_features, base.out_features)
-        like = torch.empty(0, dtype=getattr(base, "compute_dtype", None) or base.weight.dtype,
-                           device=base.weight.device)
-        self.lora_A = nn.Parameter(like.new_empty(rank, columns))
-        self.lora_B = nn.Parameter(like.new_zeros(rows, rank))
+        rows, columns = base.weight.shape[::-1 if isinstance(base, Conv1D) else 1]      # out, in
+        self.lora_A = nn.Parameter(base.weight.new_empty(rank, columns))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)              # as nn.Linear does, and PEFT
 
     def forward(self, x):
         if not self.enabled:
             return self.base(x)
-        low = linear(x.to(self.lora_A.dtype), self.lora_A)                              # (B, T, r)
+        low = linear(x, self.lora_A)                                                    # (B, T, r)
         return self.base(x) + self.alpha / self.rank * linear(low, self.lora_B)         # eq. 3
 
 
@@ -46,15 +41,14 @@ def add(model, rank, alpha, modules, only):
         raise InputError(f"--lora_module_name {modules} is in no linear layer's name: choose parts "
                          f"of names such as {', '.join([*linears][:3])}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and (not only or "score." in name))
+        parameter.requires_grad_(not only or "score." in name)
     for name, base in chosen.items():
         base.weight.requires_grad_(False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRA(base, rank, alpha or 2 * rank))
 
 
-def layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+layers = lambda model: {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 
 class WithoutAdapters:
@@ -83,19 +77,18 @@ def merge(model, state):
     return merged
 
 
-def save_adapter(model, state, path, start):
-    """The adapter (and a scalar head) alone, in PEFT's file layout; `start` is the model it fits."""
-    found = {name.removeprefix("classifier."): layer for name, layer in layers(model).items()}
+def save_adapter(model, state, path):
+    """The adapter and any scalar head alone, in PEFT's file layout."""
+    found = layers(model)
     state = {name.removeprefix("classifier."): w.contiguous() for name, w in state.items()}
     tensors = {f"base_model.model.{name}.lora_{part}.weight": state[f"{name}.lora_{part}"]
                for name in found for part in "AB"}
     head = {f"base_model.model.{name}": w for name, w in state.items() if name.startswith("score.")}
-    one = next(iter(found.values()))
+    one, start = next(iter(found.values())), model.config._name_or_path
     config = {"peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
               "base_model_name_or_path": start, "r": one.rank, "lora_alpha": one.alpha,
               "fan_in_fan_out": isinstance(one.base, Conv1D), "target_modules": [*found],
               "modules_to_save": ["score"] if head else None, "inference_mode": True}
-    os.makedirs(path)
-    save_file({**tensors, **head}, os.path.join(path, "adapter_model.safetensors"))
-    with open(os.path.join(path, "adapter_config.json"), "w") as file:
-        json.dump(config, file, indent=2)
+    path.mkdir()
+    save_file({**tensors, **head}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, BitsAndBytesConfig, GenerationConfig)
+                          AutoTokenizer, GenerationConfig)
 
 from rlhf import lora, toy
-from rlhf.args import InputError, needed, opened
+from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
 
 
@@ -25,13 +26,13 @@ def load_tokenizer(path, args=None):
     miss the eos.  InputError where there is no tokenizer, no eos, or that token is none to it."""
     tokenizer = toy.tokenizer() if path == "toy" else \
         opened(AutoTokenizer.from_pretrained, path, "the tokenizer of")
-    if args and args.add_eot_token and not args.end_of_conversation_token:
+    end, new = (args.end_of_conversation_token, args.add_eot_token) if args else (None, False)
+    if new and not end:
         raise InputError("--add_eot_token adds the --end_of_conversation_token: name it")
-    if args and args.end_of_conversation_token:
-        if not args.add_eot_token and args.end_of_conversation_token not in tokenizer.get_vocab():
-            raise InputError(f"--end_of_conversation_token {args.end_of_conversation_token} is no "
-                             f"single token for {path}: name another, or give --add_eot_token")
-        tokenizer.add_special_tokens({"eos_token": args.end_of_conversation_token})
+    if end and not new and end not in tokenizer.get_vocab():
+        raise InputError(f"--end_of_conversation_token {end} is no single token for {path}: name "
+                         f"another, or give --add_eot_token")
+    tokenizer.add_special_tokens({"eos_token": end} if end else {})
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} has no eos token, so responses could never end: "
                          f"set eos_token in its tokenizer_config.json")
@@ -42,22 +43,18 @@ def load_tokenizer(path, args=None):
     return tokenizer
 
 
-def load_policy(path, tokenizer, dtype=torch.float32, in_4bit=False):
-    """Any causal language model, ready to sample and train; "toy" is a fresh one of a million
-    parameters.  In 4 bits (Dettmers et al. 2023, arXiv:2305.14314: nf4, quantised twice) only
-    adapters train.  InputError that names the first weight that is missing, unexpected, misshapen."""
-    quantised = {"quantization_config": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype)} if in_4bit and needed("bitsandbytes", "--load_in_4bit") else {}
-    return _load(AutoModelForCausalLM, path, tokenizer, dtype, **quantised)[0]
+def load_policy(path, tokenizer, dtype=torch.float32, length=0):
+    """Any causal language model, ready to sample and train; toy: a fresh one of a million weights.
+    InputError for a missing, unexpected, misshapen weight or a context of under `length` tokens."""
+    return _load(AutoModelForCausalLM, path, tokenizer, dtype, length)[0]
 
 
-def load_scalar(path, tokenizer, dtype=torch.float32, new_head=False):
-    """A backbone with a one-number head -> ScalarModel.
-    With new_head (step 2) a language model will do, and gets a fresh head; otherwise the folder
-    must hold a complete reward model.  InputError as in load_policy."""
+def load_scalar(path, tokenizer, dtype=torch.float32, length=0, new_head=False):
+    """A backbone with a one-number head -> ScalarModel.  With new_head (step 2) a language model
+    will do, and gets a fresh head; or it must be a reward model.  InputError as in load_policy."""
     allowed = (("score.",), ("lm_head.", "embed_out.")) if new_head else ((), ())
-    model, fresh = _load(AutoModelForSequenceClassification, path, tokenizer, dtype, *allowed)
+    model, fresh = _load(AutoModelForSequenceClassification, path, tokenizer, dtype, length,
+                         *allowed)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise InputError(f"{path}: {type(model).__name__} has no linear head named score, so it "
                          f"can be no reward model: use a decoder-only language model")
@@ -89,8 +86,8 @@ class ScalarModel(nn.Module):
 
 
 def policy_logprobs(model, batch, temperature=1.0):
-    """log pi(y_t | x, y_<t) of a batch -> (B, R) fp32: the one forward for old, new and reference.
-    Only the response's positions go through the vocabulary projection."""
+    """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, for old, new and reference.  Only the
+    response's positions go through the vocabulary projection."""
     ids, mask = _join(batch)
     net = getattr(model, "module", model)
     inputs = _apart(net, batch["position_ids"]) if "position_ids" in batch else \
@@ -113,37 +110,30 @@ def sequence_scores(model, batch):
 
 def stack(batches, pad_token_id):
     """Batches of other widths -> one; prompts are widened on the left, the rest on the right."""
-    def widen(name, tensor):
-        if tensor.ndim == 1:
-            return tensor
-        missing = max(batch[name].shape[1] for batch in batches) - tensor.shape[1]
-        sides = (missing, 0) if name.startswith("prompt_") else (0, missing)
-        fill = pad_token_id if name.endswith("_ids") else 0
-        return torch.nn.functional.pad(tensor, sides, value=fill)
-    return {name: torch.cat([widen(name, b[name]) for b in batches]) for name in batches[0]}
+    def join(name):
+        rows = [row for batch in batches for row in batch[name]]
+        side = "left" if name.startswith("prompt_") else "right"
+        return torch.stack(rows) if rows[0].ndim == 0 else \
+            pad_sequence(rows, True, pad_token_id if name.endswith("_ids") else 0, side)
+    return {name: join(name) for name in batches[0]}
 
 
-def save_model(model, tokenizer, path, state=None, start=None):
+def save_model(model, tokenizer, path, state=None):
     """Write safetensors weights, config, generation_config and tokenizer to the folder `path`.
-    They are written to a temporary folder inside and renamed one by one: an interrupted save leaves
-    the previous model.  `state` stands in for weights that are sharded.  Of a model with adapters
-    the merged weights are written, and to `path`/adapter what they add to the model `start`."""
-    classifier = getattr(model, "classifier", model)
-    if getattr(classifier, "hf_quantizer", None):
-        model.state_dict()                         # undoes the order in which CPU kernels want 4 bits
-        classifier.dequantize()
-    state = state or model.state_dict()
+    All is renamed from a temporary folder inside: an interrupted save leaves the previous model.
+    `state` stands in for weights that are sharded.  Of a model with adapters the merged weights are
+    written, and to `path`/adapter, if nothing else was trained, what they add to its start."""
+    classifier, state = getattr(model, "classifier", model), state or model.state_dict()
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as folder:
         if lora.layers(model):
-            if start:
-                lora.save_adapter(model, state, os.path.join(folder, "adapter"), start)
+            if not classifier.get_input_embeddings().weight.requires_grad:
+                lora.save_adapter(classifier, state, Path(folder, "adapter"))
             state = lora.merge(model, state)
         state = {name.removeprefix("classifier."): weight for name, weight in state.items()}
         classifier.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-        new = [file for file in Path(folder).rglob("*") if file.is_file()]
-        for file in sorted(new, key=lambda file: file.name == "config.json"):
+        for file in sorted(Path(folder).rglob("*.*"), key=lambda file: file.name == "config.json"):
             target = Path(path, file.relative_to(folder))
             target.parent.mkdir(exist_ok=True)
             file.replace(target)
@@ -160,14 +150,6 @@ def check_same_vocabulary(path, tokenizer, other_path):
                          f"for {other_path}: give all steps the same --end_of_conversation_token")
 
 
-def check_context(model, path, length):
-    """InputError when sequences of `length` tokens do not fit in the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise InputError(f"sequences of up to {length} tokens do not fit in the {limit}-token "
-                         f"context of {path}: lower the sequence length flags")
-
-
 @torch.no_grad()
 def check_packing(model, path):
     """InputError unless a sequence is the same behind another one as alone."""
@@ -175,14 +157,11 @@ def check_packing(model, path):
     alone = model.eval()(input_ids=ids[:, 4:]).logits
     if not _positions(model, ids) or 0.05 * alone.std() < \
             (model(input_ids=ids, **_apart(model, positions)).logits[:, 4:] - alone).abs().max():
-        raise InputError(f"--packing: packed sequences would see each other in {path} "
-                         f"({type(model).__name__}): leave it out")
+        raise InputError(f"packed sequences would see each other in {path}: leave out --packing")
 
 
-def _join(batch):
-    """-> ids, mask (B, P + R)."""
-    return (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),
-            torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
+_join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),     # (B, P + R)
+                       torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
 
 
 def _positions(model, mask):
@@ -201,30 +180,36 @@ def _apart(model, position_ids):
             "attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)}
 
 
-def _load(kind, path, tokenizer, dtype, missing=(), unexpected=(), **kwargs):
+def _load(kind, path, tokenizer, dtype, length, missing=(), unexpected=()):
     """Strict loading, but for weights of these prefixes -> the model, was any weight missing?
     Its embeddings grow if the tokenizer gained a token; its configs get the special ids."""
     config = toy.model_config(tokenizer) if path == "toy" else \
         opened(AutoConfig.from_pretrained, path, "the configuration of")
     config.num_labels = 1                                          # means something to classifiers
-    if path == "toy" and not kwargs:
+    limit = getattr(config, "max_position_embeddings", length)
+    if length > limit:
+        raise InputError(f"sequences of up to {length} tokens do not fit in the {limit}-token "
+                         f"context of {path}: lower the sequence length flags")
+    if path == "toy":
         model, fresh = kind.from_config(config, dtype=dtype), True
     else:
         model, report = opened(
             kind.from_pretrained, path, "the weights of", config=config, dtype=dtype,
-            output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+            output_loading_info=True, ignore_mismatched_sizes=True)
         fresh = report["missing_keys"]
         for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
             names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
             hint = " (it is no reward model: see train_rm.py)" if "score.weight" in names else ""
             if names:
-                raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first{hint}")
+                raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first"
+                                 f"{hint}")
         for name, found, wanted in report["mismatched_keys"]:
             raise InputError(f"{path}: weight {name} has shape {tuple(found)}, but its config.json "
                              f"asks for {tuple(wanted)}")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
     model.config.update(ids)
     if model.can_generate():          # a fresh one: step 3 samples plainly, whatever was there
         model.generation_config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, **ids)

@@ -128,18 +128,19 @@ def main():
     engine.init(parsed(train_sft))
     many, one = {1: [8, 1], 2: [4, 2]}[engine.world_size()]
     take, steps = partial(step, paths=paths), {}
+    alone = engine.world_size() == 1
     for kind in MODULES:
-        for stage in range(4):
+        for stage in (0, 3) if alone else range(4):
             for micro in (many, one) if stage in (0, 3) else (many,):
                 steps[kind, stage, micro] = take(kind, stage=stage, micro=micro)
     for kind in ("sft", "ppo"):
-        for stage in (0, 3):
+        for stage in (0,) if alone else (0, 3):
             steps[kind, stage, "lora"] = take(kind, stage=stage, micro=many, lora_dim=2)
-    for stage in range(4):
+    for stage in (0, 1, 3):
         steps["sft", stage, "bf16"] = take("sft", stage=stage, micro=many, dtype="bf16")
-    for stage in (1, 2, 3):
+    for stage in () if alone else (2, 3):
         steps["sft", stage, "offload"] = take("sft", stage=stage, micro=many, offload="")
-    for stage in (0, 3):
+    for stage in (0,) if alone else (0, 3):
         name, flag = "checkpointing", {"gradient_checkpointing": ""}
         steps["sft", stage, name] = take("sft", stage=stage, micro=many, **flag)
     masked_mean = train_sft.masked_mean

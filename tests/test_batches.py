@@ -80,7 +80,8 @@ def test_grouping_by_length_keeps_an_epochs_rows_and_saves_padding(monkeypatch):
 
 def test_too_few_rows_for_a_step():
     with pytest.raises(InputError, match="5 training rows .* do not fill one step of 8"):
-        batches.steps_per_epoch(range(5), 4, 2, "--per_device_train_batch_size")
+        settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        batches.plan(argparse.Namespace(**settings), range(5))
 
 
 @pytest.mark.parametrize("total,world", [(10, 1), (10, 3), (2, 4)])
@@ -156,7 +157,7 @@ def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
     texts = [" ".join(f"w{i}" for i in range(n)) for n in (3, 5, 25, 1, 9)] * 20
     (tmp_path / "text.txt").write_bytes(("\r\n\r\n".join(texts) + "\n\n \n\n").encode())
     text = dict(unsupervised_dataset_config_name=None, per_device_training_batch_size=2)
-    text.update(max_prompt_seq_len=8, max_answer_seq_len=8)
+    text.update(max_prompt_seq_len=8, max_answer_seq_len=8, max_steps=1)
     args = arguments(tmp_path, unsupervised_dataset_name=str(tmp_path / "text.txt"), **text)
     tokenizer, plain = make_tokenizer(), make_tokenizer()
     for text, expected in [

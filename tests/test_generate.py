@@ -3,6 +3,7 @@ the training forward agrees on."""
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from rlhf import batches, models
 from rlhf.generate import finished, sample
@@ -11,8 +12,10 @@ from tests.conftest import FAMILIES
 
 @pytest.fixture
 def policy(model_folder):
-    def make(family="llama", specials="own pad"):
+    def make(family="llama", specials="own pad", **settings):
         folder = model_folder(family, specials)
+        if settings:
+            GenerationConfig(do_sample=True, **settings).save_pretrained(folder)
         tokenizer = models.load_tokenizer(folder)
         return models.load_policy(folder, tokenizer).eval(), tokenizer
 
@@ -45,9 +48,7 @@ def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top
     """Chi-square of first tokens against the exact, truncated and renormalised softmax; the
     folder's own generation settings (a model that penalises repetition and samples from its top 3)
     must have no say."""
-    model, tokenizer = policy()
-    model.generation_config.repetition_penalty, model.generation_config.top_k = 5.0, 3
-    model.generation_config.min_new_tokens = 4
+    model, tokenizer = policy(repetition_penalty=5.0, top_k=3, min_new_tokens=4)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)  # a less uniform distribution

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf import lora, models
 from rlhf.args import InputError
 from rlhf.batches import collate
-from tests.conftest import FAMILIES, make_tokenizer, rows_of
+from tests.conftest import FAMILIES, rows_of
 
 FOLDERS = sorted(FAMILIES)
 TEXTS = [("w1 w2 w3", " w4 w5", " w6"), ("w7", " w8 w9 w10 w11", " w12 w13")]
@@ -58,7 +58,7 @@ def test_the_merged_model_is_the_trained_one_and_peft_loads_the_adapter(
     model = models.load_policy(path, tokenizer).eval()
     lora.add(model, 2, 6.0, "all-linear", True)
     logp = models.policy_logprobs(stirred(model), batch_of(tokenizer))
-    models.save_model(model, tokenizer, str(tmp_path / "out"), start=path)
+    models.save_model(model, tokenizer, str(tmp_path / "out"))
     merged = models.load_policy(str(tmp_path / "out"), tokenizer).eval()
     assert torch.allclose(models.policy_logprobs(merged, batch_of(tokenizer)), logp, atol=1e-5)
 
@@ -83,7 +83,7 @@ def test_a_scalar_models_head_trains_in_full_and_is_saved_with_both(family, mode
         "lora_" in n or "score" in n for n in trained
     )
     scores = models.sequence_scores(stirred(model), batch_of(tokenizer))
-    models.save_model(model, tokenizer, str(tmp_path / "out"), start=path)
+    models.save_model(model, tokenizer, str(tmp_path / "out"))
     merged = models.load_scalar(str(tmp_path / "out"), tokenizer).eval()
     assert torch.allclose(models.sequence_scores(merged, batch_of(tokenizer)), scores, atol=1e-5)
 
@@ -125,27 +125,3 @@ def test_what_has_no_adapter_may_train_too(model_folder):
     lora.add(model, 2, None, "q_proj", only=False)
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert frozen == {f"model.layers.{i}.self_attn.q_proj.base.weight" for i in (0, 1)}
-
-
-def test_four_bits_train_through_adapters_and_are_saved_in_full(model_folder, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    path = model_folder("llama", hidden_size=64, intermediate_size=128, head_dim=32)
-    tokenizer = make_tokenizer()
-    whole = models.load_policy(path, tokenizer).eval()
-    model = models.load_policy(path, tokenizer, in_4bit=True).eval()
-    batch = batch_of(tokenizer)
-    exact, start = models.policy_logprobs(whole, batch), models.policy_logprobs(model, batch)
-    assert 0 < (exact - start).abs().mean() < 0.05  # quantised, and still the same model
-    lora.add(model, 4, None, "all-linear", True)
-    assert torch.allclose(models.policy_logprobs(model, batch), start, atol=5e-3)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Adam(trained, 0.02)
-    for _ in range(30):
-        loss = -models.policy_logprobs(model, batch)[batch["mask"]].mean()
-        loss.backward(), optimizer.step(), optimizer.zero_grad()
-    assert loss.item() < -start[batch["mask"]].mean().item() - 1
-    logp = models.policy_logprobs(model, batch)
-    models.save_model(model, tokenizer, str(tmp_path / "out"), start=path)
-    assert "quantization_config" not in json.load(open(tmp_path / "out" / "config.json"))
-    saved = models.load_policy(str(tmp_path / "out"), tokenizer).eval()
-    assert torch.allclose(models.policy_logprobs(saved, batch), logp, atol=1e-3)

@@ -196,9 +196,8 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
         models.check_same_vocabulary, good, tokenizer, strange
     )
     models.check_same_vocabulary(good, tokenizer, good)
-    policy = models.load_policy(good, tokenizer)
-    assert "64-token context" in message(models.check_context, policy, good, 65)
-    models.check_context(policy, good, 64)
+    assert "64-token context" in message(models.load_policy, good, tokenizer, torch.float32, 65)
+    models.load_policy(good, tokenizer, length=64)
 
 
 def test_heads_compute_in_fp32_under_bf16_weights(model_folder):

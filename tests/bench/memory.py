@@ -1,21 +1,49 @@
-"""--dry_run: the memory of a step on each rank, from the models' configurations, before it is paid.
+"""Does it fit?  The memory of a training step on each rank, before it is paid, on any laptop.
 
-Weights, gradients and optimizer states are counted, by what DeepSpeed keeps at each stage.
-Activations and logits are measured: the training forward and backward run on fake tensors, which
-have shapes and lifetimes but no contents, so that 66 billion parameters take a laptop seconds."""
+    python tests/bench/memory.py 8 train_ppo.py --actor_model_name_or_path facebook/opt-13b \
+        --critic_model_name_or_path facebook/opt-350m --dtype bf16 --actor_zero_stage 3
+    python tests/bench/memory.py --table        # README's: OPT shapes, without network
 
+The first number is of ranks; the rest is the command as it would be run.  Weights, gradients and
+optimizer states are counted, by what DeepSpeed keeps at each stage.  Activations and logits are
+measured: the shipped forward and its backward run on fake tensors, which have shapes and lifetimes
+but no contents, so that 66 billion parameters take seconds.  tests/test_memory.py holds it against
+real runs."""
+
+import importlib
 import os
+import sys
+import tempfile
 import weakref
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    OPTConfig,
+)
 
-from rlhf import engine, lora, models
+from rlhf import engine, models, toy
 
-BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size, max_live_parameters
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: gradients wait until so many are there
+LIVE = 1_000_000_000  # its stage3_max_live_parameters: so many stay gathered
+OPT = {  # width, layers, heads
+    "350m": (1024, 24, 16),
+    "1.3b": (2048, 24, 32),
+    "6.7b": (4096, 32, 32),
+    "13b": (5120, 40, 40),
+    "30b": (7168, 48, 56),
+    "66b": (9216, 64, 72),
+}
 
 
 class Model(NamedTuple):
@@ -28,7 +56,7 @@ class Model(NamedTuple):
     prompt: int  # tokens
     response: int
     scalar: bool = False
-    stage: int = 0
+    stage: int = 0  # if it is only read
     offload: bool = False
     sampled: int = 0  # rows that are sampled at a time
 
@@ -58,17 +86,35 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def _computed(model, wanted, response, bucket):
+def build(wanted, args):
+    """-> the model, without contents; its ZeRO stage; is it offloaded?"""
+    dtype = engine.pick_dtype(args.dtype)
+    if wanted.path == "toy":
+        config = toy.model_config(toy.tokenizer())
+    else:
+        config = AutoConfig.from_pretrained(wanted.path)
+    config.num_labels = 1
+    kind = AutoModelForSequenceClassification if wanted.scalar else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=dtype)
+    model = (models.ScalarModel(model) if wanted.scalar else model).eval()
+    if wanted.flags is None:
+        return model.requires_grad_(False), 3 if wanted.offload else wanted.stage, wanted.offload
+
+    def initialize(config, **_):  # the shipped train_engine, up to DeepSpeed's door
+        return [SimpleNamespace(config=config)]
+
+    with mock.patch.object(engine.deepspeed, "initialize", initialize):
+        asked = engine.train_engine(model, args, wanted.flags, wanted.rows, 1).config
+    return model, asked["zero_optimization"]["stage"], args.offload
+
+
+def computed(model, wanted, response, bucket):
     """Bytes of all that a forward and, of a trained model, a backward make, at their peak.  So many
     gradients are kept, each with a copy, before they are reduced."""
     mask = torch.ones(wanted.rows, response, dtype=torch.bool)
     prompt_mask = torch.ones(wanted.rows, wanted.prompt + wanted.response - response) > 0
-    batch = {
-        "prompt_ids": prompt_mask.long(),
-        "prompt_mask": prompt_mask,
-        "response_ids": mask.long(),
-        "mask": mask,
-    }
+    batch = {"prompt_ids": prompt_mask.long(), "prompt_mask": prompt_mask}
+    batch.update(response_ids=mask.long(), mask=mask)
     kept = []
 
     def reduce(weight):
@@ -78,15 +124,12 @@ def _computed(model, wanted, response, bucket):
                 weight.grad = None
             kept.clear()
 
-    hooks = [
-        weight.register_post_accumulate_grad_hook(reduce)
-        for weight in model.parameters()
-        if weight.requires_grad
-    ]
-    with torch.set_grad_enabled(bool(hooks)), Live(model.parameters()) as live:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(reduce) for weight in trained]
+    with torch.set_grad_enabled(bool(trained)), Live(model.parameters()) as live:
         read = models.state_values if wanted.scalar else models.policy_logprobs
         out = read(model, batch).sum()
-        if hooks:
+        if trained:
             out.backward()
     for hook in hooks:
         hook.remove()
@@ -94,70 +137,139 @@ def _computed(model, wanted, response, bucket):
     return live.peak
 
 
-def estimate(args, wanted, ranks):
+def estimate(wanted, args, ranks):
     """Bytes on each rank; resident: from step to step; peak: at the worst moment of a step."""
-    dtype, flags = engine.pick_dtype(args.dtype), wanted.flags
-    stage, offload = wanted.stage, wanted.offload
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = models.skeleton(wanted.path, dtype, wanted.scalar).eval().requires_grad_(False)
-        if flags is not None:
-            stage, offload = engine.adapt(model.requires_grad_(True), args, flags), args.offload
-        linears = (
-            {id(layer.base.weight) for layer in lora.layers(model).values()}
-            if flags != "critic_" and getattr(args, "load_in_4bit", False)
-            else ()
-        )
-        sizes = [
-            (p.numel(), 0.516 if id(p) in linears else p.element_size())  # nf4: 4.13 bits
-            for p in model.parameters()
-        ]
+        model, stage, offload = build(wanted, args)
+        count = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        reduced = BUCKET if stage >= 2 else float("inf")
-        peak = _computed(model, wanted, wanted.response, reduced)
-        kept, small = (_computed(model, wanted, n, 0) for n in (wanted.response, 1))
-    shard, size, count = ranks if stage else 1, dtype.itemsize, sum(n for n, _ in sizes)
+        peak = computed(model, wanted, wanted.response, BUCKET if stage >= 2 else float("inf"))
+        kept, small = (computed(model, wanted, n, 0) for n in (wanted.response, 1))
+    size = engine.pick_dtype(args.dtype).itemsize
+    shard = ranks if stage else 1
     found = {
         "parameters": count,
-        "trained": trained,
-        "weights": sum(n * bytes for n, bytes in sizes) / (ranks if stage == 3 else 1),
-        "gradients": trained * size / (shard if stage >= 2 else 1),
-        "optimizer": trained
-        / shard
-        * ((2.03 if args.optim == "adamw_8bit" else 8) + 4 * (stage > 0 or size < 4)),
+        "weights": count * size / (ranks if stage == 3 else 1),
+        "gradients": trained * size / (ranks if stage >= 2 else 1),
+        "optimizer": trained / shard * (8 + 4 * (stage > 0 or size < 4)),  # fp32 masters with ZeRO
         "activations": small,
         "logits": kept - small,
     }
-    on_cpu = (found["optimizer"] + found["gradients"]) * offload * bool(trained) + found[
-        "weights"
-    ] * (offload and stage == 3)
-    resident = found["weights"] + found["optimizer"] + found["gradients"] * (stage == 3) - on_cpu
-    gathered = size * count if stage == 3 else 0
+    found["CPU"] = 0
+    if offload:
+        # with the moments and masters there: the gradients in fp32, and a buffer to bring them
+        found["CPU"] = found["optimizer"] + found["gradients"] * (stage == 3)
+        found["optimizer"] += 8 * trained / shard
+        found["CPU"] += 8 * trained / shard
+        found["CPU"] += found["weights"] * (stage == 3)
+    held = found["gradients"] * (stage == 3)
+    resident = found["weights"] + found["optimizer"] + held - found["CPU"]
+    gathered = size * count * (stage == 3)
     config, heads = model.config, model.config.num_attention_heads
-    cache = (
-        2
-        * config.num_hidden_layers
-        * getattr(config, "num_key_value_heads", heads)
-        * getattr(config, "head_dim", config.hidden_size // heads)
-        * size
-        * wanted.sampled
-        * (wanted.prompt + wanted.response)
-    )  # of keys and values
-    peak = max(min(gathered, LIVE * size) + peak, (gathered + cache) * (wanted.sampled > 0))
-    return {**found, "CPU": on_cpu, "resident": resident, "peak": resident + peak}
+    cache = 2 * size * wanted.sampled * (wanted.prompt + wanted.response)  # of keys and values
+    cache *= config.num_hidden_layers * getattr(config, "num_key_value_heads", heads)
+    cache *= getattr(config, "head_dim", config.hidden_size // heads)
+    step = min(gathered, LIVE * size) + peak
+    if size < 4:  # gradients, their copies and, for the masters, they again in fp32
+        step = max(step, 2 * size * min(trained, BUCKET) + 4 * trained / shard)
+    sampling = (gathered + cache) * (wanted.sampled > 0)
+    return {**found, "resident": resident, "peak": resident + max(step, sampling)}
 
 
-def report(args, *wanted):
-    """Print the table of a run's models."""
-    ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
-    found = {model.name: estimate(args, model, ranks) for model in wanted}
+def plan(script, args):
+    """What models a script's flags ask for."""
+    if script != "train_ppo.py":
+        rows, scalar = args.per_device_train_batch_size, script == "train_rm.py"
+        rows, length = rows * (2 if scalar else 1), args.max_seq_len
+        return [Model("model", args.model_name_or_path, "", rows, 1, length - 1, scalar)]
+    start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
+    cut = (args.max_prompt_seq_len, args.max_answer_seq_len)
+    train, sample = args.per_device_training_batch_size, args.per_device_generation_batch_size
+
+    def read_only(name, path, scalar, trained):
+        own = getattr(args, f"{name}_zero_stage")
+        stage = 3 if (trained if own is None else own) == 3 else 0
+        offload = getattr(args, f"offload_{name}_model")
+        return Model(name, path, None, sample, *cut, scalar, stage, offload)
+
+    found = [
+        Model("actor", start, "actor_", train, *cut, sampled=sample),
+        Model("critic", scores, "critic_", train, *cut, scalar=True),
+        read_only("reward", scores, True, args.critic_zero_stage),
+    ]
+    if not (args.actor_lora_dim and args.only_optimize_lora):
+        found.append(read_only("reference", start, False, args.actor_zero_stage))
+    return found
+
+
+def total(script, args, ranks):
+    """-> {model: its bytes}, the peak of a step with all models in place."""
+    found = {model.name: estimate(model, args, ranks) for model in plan(script, args)}
     resident = sum(row["resident"] for row in found.values())
-    print(f"GiB on each of {ranks} ranks, {engine.pick_dtype(args.dtype)}".replace("torch.", ""))
+    return found, resident + max(row["peak"] - row["resident"] for row in found.values())
+
+
+def parsed(script, arguments):
+    with mock.patch.object(sys, "argv", [script, *arguments]):
+        return importlib.import_module(script.removesuffix(".py")).parse()
+
+
+def report(ranks, script, *arguments):
+    found, peak = total(script, parsed(script, arguments), ranks)
     columns = ("weights", "gradients", "optimizer", "activations", "logits", "CPU", "peak")
-    print(f"{'':12}{'parameters':>16}" + "".join(f"{column:>12}" for column in columns))
+    print(f"GiB on each of {ranks} ranks")
+    print(f"{'':10}{'parameters':>16}" + "".join(f"{column:>12}" for column in columns))
     for name, row in found.items():
-        print(
-            f"{name:12}{row['parameters']:>16,}"
-            + "".join(f"{row[column] / 2**30:12.3f}" for column in columns)
-        )
-    peak = resident + max(row["peak"] - row["resident"] for row in found.values())
-    print(f"peak of a step, all models in place: {peak / 2**30:.3f} GiB")
+        cells = "".join(f"{row[column] / 2**30:12.2f}" for column in columns)
+        print(f"{name:10}{row['parameters']:>16,}{cells}")
+    print(f"peak of a step, all models in place: {peak / 2**30:.2f} GiB")
+
+
+def table():
+    """DeepSpeed-Chat's setting: a 350M critic, 256 + 256 tokens, 4 rows a rank, bf16, 8 ranks."""
+    checkpointing = ("--actor_gradient_checkpointing", "--critic_gradient_checkpointing")
+    ways = {
+        "ZeRO-2": ("--actor_zero_stage=2", "--critic_zero_stage=2"),
+        "ZeRO-3": ("--actor_zero_stage=3", "--critic_zero_stage=3"),
+        "ZeRO-3, checkpointing": ("--actor_zero_stage=3", "--critic_zero_stage=3", *checkpointing),
+        "the same, offload": (
+            "--actor_zero_stage=3",
+            "--critic_zero_stage=3",
+            *checkpointing,
+            "--offload",
+            "--offload_reference_model",
+        ),
+        "ZeRO-3, LoRA 64": ("--actor_zero_stage=3", "--critic_zero_stage=3", "--actor_lora_dim=64"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (width, layers, heads) in OPT.items():
+            OPTConfig(
+                vocab_size=50272,
+                hidden_size=width,
+                ffn_dim=4 * width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                word_embed_proj_dim=width,
+            ).save_pretrained(os.path.join(folder, name))
+        common = [f"--critic_model_name_or_path={folder}/350m", "--dtype=bf16"]
+        common += ["--per_device_generation_batch_size=4", "--per_device_training_batch_size=4"]
+        print("| actor | " + " | ".join(ways) + " |\n" + "|---" * (len(ways) + 1) + "|")
+        for name in [*OPT][1:]:
+            peaks = []
+            for way in ways.values():
+                path = f"--actor_model_name_or_path={folder}/{name}"
+                peaks.append(
+                    total("train_ppo.py", parsed("train_ppo.py", (path, *common, *way)), 8)[1]
+                )
+            print(
+                f"| {name} | " + " | ".join(f"{peak / 2**30:.0f}" for peak in peaks) + " |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    engine.quieten("error")
+    if sys.argv[1:] == ["--table"]:
+        table()
+    else:
+        report(int(sys.argv[1]), *sys.argv[2:])
