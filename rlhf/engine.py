@@ -85,6 +85,8 @@ def train_engine(model, args, name, micro_batch, total_steps):
     if dtype != torch.float32:   # at stage 0, DeepSpeed 0.19.8 divides fp16 gradients by a loss
         stage = max(stage, 1)    # scale that it never applied (its PR 8393); bf16 steps differ too
     if of("lora_dim"):
+        if args.only_optimize_lora and args.add_eot_token:
+            raise InputError("--add_eot_token's row would not train: give --no-only_optimize_lora")
         lora.add(model, of("lora_dim"), args.lora_alpha, of("lora_module_name"),
                  args.only_optimize_lora)
     if of("gradient_checkpointing"):
@@ -104,17 +106,18 @@ def train_engine(model, args, name, micro_batch, total_steps):
                                           total_steps)
     config = {"train_micro_batch_size_per_gpu": micro_batch,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
+              "train_batch_size": micro_batch * args.gradient_accumulation_steps * world_size(),
               "gradient_clipping": args.max_grad_norm, "steps_per_print": 1 << 31,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"},
               **_memory(dtype, stage, args.offload)}
+    start = lambda _: deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
+                                           config=config)[0]
     if args.deepspeed_config:
-        read = lambda path: {**json.load(open(path))}
-        _merge(config, opened(read, args.deepspeed_config, "the JSON object in"),
-               args.deepspeed_config)
+        path = os.path.abspath(args.deepspeed_config)
+        _merge(config, opened(lambda p: {**json.load(open(p))}, path, "the JSON object in"), path)
     with hushed(args):
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                      config=config)[0]
+        engine = opened(start, path, "an engine by") if args.deepspeed_config else start(None)
     transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
     engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work
     return engine
@@ -122,20 +125,19 @@ def train_engine(model, args, name, micro_batch, total_steps):
 
 def _memory(dtype, stage, offload):
     """Where a model's weights, gradients and optimizer lie, and in what precision."""
-    zero = {"stage": stage}
-    for name in ("offload_optimizer", "offload_param")[:(stage + 1) // 2 if offload else 0]:
-        zero[name] = {"device": "cpu"}
-    return {"zero_optimization": zero,
+    where = lambda away: {"device": "cpu" if away else "none"}
+    return {"zero_optimization": {"stage": stage, "offload_optimizer": where(offload),
+                                  "offload_param": where(offload and stage == 3)},
             **{name: {"enabled": dtype == DTYPES[name]} for name in ("bf16", "fp16")}}
 
 
 def _merge(config, given, path, where=""):
     """--deepspeed_config into what the flags say.  InputError where they disagree."""
-    for key, value in given.items():
+    for key, value in [(key, value) for key, value in given.items() if value != "auto"]:
         ours = config.setdefault(key, "their own" if key in ("optimizer", "scheduler") else value)
         if isinstance(ours, dict) and isinstance(value, dict):
             _merge(ours, value, path, f"{where}{key}.")
-        elif value not in (ours, "auto"):
+        elif value != ours:
             raise InputError(f"{path}: {where}{key} is {value}, but the flags make it {ours}: "
                              f"change one of them")
 

@@ -18,8 +18,7 @@ def say(text):
 
 
 class Log:
-    """A run's args.json, metrics.jsonl and samples.jsonl in --output_dir, and its progress bar;
-    `shown` names the metrics of the line that is printed every --log_interval steps."""
+    """A run's args.json, metrics.jsonl, samples.jsonl, progress bar; `shown`: the line's metrics."""
     def __init__(self, args, total_steps, shown, train_engine):
         self.shown, self.interval, self.engine = shown, args.log_interval, train_engine
         self.clock = time.perf_counter()

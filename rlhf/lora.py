@@ -32,12 +32,12 @@ class LoRA(nn.Module):
 def add(model, rank, alpha, modules, only):
     """Adapters beside the linear maps in whose names any of the comma-separated `modules` occurs,
     but for heads.  Their W are frozen; with `only`, so is everything else but a scalar head.
-    alpha None: 2 x rank.  InputError if no name matches."""
-    parts = [""] if modules == "all-linear" else modules.split(",")
+    alpha None: 2 x rank.  InputError for a module in no name."""
+    parts = [""] if modules == "all-linear" else [p.strip() or " " for p in modules.split(",")]
     linears = {name: module for name, module in model.named_modules() if isinstance(
         module, (nn.Linear, Conv1D)) and not name.endswith(("lm_head", "embed_out", "score"))}
     chosen = {name: m for name, m in linears.items() if any(part in name for part in parts)}
-    if not chosen:
+    if not all(any(part in name for name in linears) for part in parts):
         raise InputError(f"--lora_module_name {modules} is in no linear layer's name: choose parts "
                          f"of names such as {', '.join([*linears][:3])}")
     for name, parameter in model.named_parameters():
@@ -57,9 +57,8 @@ class WithoutAdapters:
         self.engine, self.module = engine, engine.module
 
     def __call__(self, **inputs):
-        adapted = layers(self.module).values()
         for enabled in (False, True):
-            for layer in adapted:
+            for layer in layers(self.module).values():
                 layer.enabled = enabled
             if not enabled:
                 outputs = self.engine(**inputs)

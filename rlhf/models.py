@@ -4,6 +4,7 @@ A batch is a dict: `prompt_ids`, `prompt_mask` (B, P), left-padded; `response_id
 right-padded.  Masks come from lengths and are carried along: any token may be the padding."""
 import inspect
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -133,6 +134,7 @@ def save_model(model, tokenizer, path, state=None):
         state = {name.removeprefix("classifier."): weight for name, weight in state.items()}
         classifier.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
+        shutil.rmtree(Path(path, "adapter"), ignore_errors=True)              # of another run
         for file in sorted(Path(folder).rglob("*.*"), key=lambda file: file.name == "config.json"):
             target = Path(path, file.relative_to(folder))
             target.parent.mkdir(exist_ok=True)

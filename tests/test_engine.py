@@ -158,6 +158,9 @@ def test_ppo_with_adapters_keeps_no_second_copy_and_saves_both(ppo, world, call,
     )
     common.update(per_device_generation_batch_size=8, per_device_training_batch_size=8)
     flags = to_flags(**ppo("lora", **common), critic_zero_stage=2, offload_reward_model=True)
+    stale = world["out"] / "lora" / "actor" / "adapter" / "adapter_stale.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")  # another run's
     env = {"DS_ACCELERATOR": "cpu"}
     done = run_script("train_ppo.py", *flags, ranks=2, launcher="deepspeed", env=env)
     assert done.returncode == 0, done.stderr
@@ -171,6 +174,7 @@ def test_ppo_with_adapters_keeps_no_second_copy_and_saves_both(ppo, world, call,
     moved = {name for name in start if not torch.equal(start[name], actor[name])}
     assert moved and all("proj" in name for name in moved)
     assert any(not torch.equal(actor[name], ema[name]) for name in moved)
+    assert not stale.exists()
     adapter = load_file(out / "actor" / "adapter" / "adapter_model.safetensors")
     assert {name.rpartition("lora_")[2] for name in adapter} == {"A.weight", "B.weight"}
     assert any(
@@ -213,8 +217,20 @@ def test_an_fp16_overflow_skips_the_step_and_counts_none(ppo, call, world, tmp_p
         ),
         ({"gradient_clipping": 3}, {}, "gradient_clipping is 3, but the flags make it 1.0"),
         ({"optimizer": {"type": "Adam"}}, {}, "but the flags make it their own: change"),
+        ({"train_batch_size": 999}, {}, "train_batch_size is 999, but the flags make it 16"),
         ([], {}, "cannot load the JSON object in"),
         ({}, {"offload": True}, "give --zero_stage 1, 2 or 3"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            {"zero_stage": 1},
+            "zero_optimization.offload_optimizer.device is cpu, but the flags make it none",
+        ),
+        ({"zero_optimization": {"reduce_bucket": 1}}, {}, "cannot load an engine by"),
+        (
+            {},
+            {"lora_dim": 2, "add_eot_token": True, "end_of_conversation_token": "<end>"},
+            "--add_eot_token's row would not train: give --no-only_optimize_lora",
+        ),
         (
             {},
             {"lora_dim": 2, "lora_module_name": "decoder.layers."},
@@ -238,9 +254,8 @@ def test_a_deepspeed_file_adds_what_no_flag_says_and_may_repeat_what_one_does(
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
     }
-    (tmp_path / "ds.json").write_text(
-        json.dumps({**given, "train_micro_batch_size_per_gpu": "auto"})
-    )
+    auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "optimizer")
+    (tmp_path / "ds.json").write_text(json.dumps({**given, **dict.fromkeys(auto, "auto")}))
     start.update(deepspeed_config=tmp_path / "ds.json", zero_stage=1, max_steps=1)
     made = []
     train_step = train_sft.train_step

@@ -115,8 +115,12 @@ def test_modules_are_chosen_by_parts_of_their_names(model_folder):
     lora.add(chosen, 2, None, "q_proj,layers.1.fc", True)
     names = sorted(name.rpartition("layers.")[2] for name in lora.layers(chosen))
     assert names == ["0.self_attn.q_proj", "1.fc1", "1.fc2", "1.self_attn.q_proj"]
-    with pytest.raises(InputError, match="layers.9. is in no linear layer's name: choose parts of"):
-        lora.add(model, 2, None, "layers.9.", True)
+    spaced = copy.deepcopy(model)
+    lora.add(spaced, 2, None, "q_proj, v_proj", True)
+    assert len(lora.layers(spaced)) == 4
+    for modules in ("layers.9.", "q_proj,layers.9.", "q_proj,"):
+        with pytest.raises(InputError, match="is in no linear layer's name: choose parts of"):
+            lora.add(model, 2, None, modules, True)
 
 
 def test_what_has_no_adapter_may_train_too(model_folder):

@@ -8,7 +8,7 @@ The first number is of ranks; the rest is the command as it would be run.  Weigh
 optimizer states are counted, by what DeepSpeed keeps at each stage.  Activations and logits are
 measured: the shipped forward and its backward run on fake tensors, which have shapes and lifetimes
 but no contents, so that 66 billion parameters take seconds.  tests/test_memory.py holds it against
-real runs."""
+real runs.  Left out: the unsupervised text, and buckets that a --deepspeed_config sizes."""
 
 import importlib
 import os
@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from rlhf import engine, models, toy
+from rlhf.args import opened, run
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: gradients wait until so many are there
 LIVE = 1_000_000_000  # its stage3_max_live_parameters: so many stay gathered
@@ -92,7 +93,7 @@ def build(wanted, args):
     if wanted.path == "toy":
         config = toy.model_config(toy.tokenizer())
     else:
-        config = AutoConfig.from_pretrained(wanted.path)
+        config = opened(AutoConfig.from_pretrained, wanted.path, "the configuration of")
     config.num_labels = 1
     kind = AutoModelForSequenceClassification if wanted.scalar else AutoModelForCausalLM
     model = kind.from_config(config, dtype=dtype)
@@ -272,4 +273,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         table()
     else:
-        report(int(sys.argv[1]), *sys.argv[2:])
+        run(lambda: report(int(sys.argv[1]), *sys.argv[2:]))
