@@ -18,7 +18,7 @@ def say(text):
 
 
 class Log:
-    """A run's args.json, metrics.jsonl, samples.jsonl, progress bar; `shown`: the line's metrics."""
+    """A run's args.json, metrics.jsonl, samples.jsonl and bar; `shown`: the line's metrics."""
     def __init__(self, args, total_steps, shown, train_engine):
         self.shown, self.interval, self.engine = shown, args.log_interval, train_engine
         self.clock = time.perf_counter()

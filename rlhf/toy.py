@@ -43,7 +43,7 @@ FACTS = {(animal, kind): _draw.choice(VALUES[kind]) for animal in ANIMALS for ki
 
 
 def _questions():
-    """Every bare question -> (text, right answer, should it be refused, answers to related ones)."""
+    """Every bare question -> (text, right answer, should it be refused, others' answers)."""
     for animal in ANIMALS:
         right = {kind: STATEMENTS[kind].format(animal, FACTS[animal, kind]) for kind in VALUES}
         for kind, answer in right.items():
