@@ -131,7 +131,7 @@ def main():
     alone = engine.world_size() == 1
     for kind in MODULES:
         for stage in (0, 3) if alone else range(4):
-            for micro in (many, one) if stage in (0, 3) else (many,):
+            for micro in (many, one) if stage == 0 else (many,):
                 steps[kind, stage, micro] = take(kind, stage=stage, micro=micro)
     for kind in ("sft", "ppo"):
         for stage in (0,) if alone else (0, 3):

@@ -16,8 +16,8 @@ def test_the_whole_pipeline_learns_the_embedded_world(tmp_path):
         "MASTER_PORT": str(29500 + os.getpid() % 1000),
         "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],
         "SFT_FLAGS": "--max_steps 100 --max_eval_rows 300",
-        "RM_FLAGS": "--max_steps 250 --max_eval_rows 300",
-        "PPO_FLAGS": "--max_steps 30",
+        "RM_FLAGS": "--max_steps 160 --max_eval_rows 300",
+        "PPO_FLAGS": "--max_steps 24",
         "EVAL_FLAGS": "--num_prompts 200 --best_of 4",
     }
     done = subprocess.run(
