@@ -105,10 +105,12 @@ def main():
     if len(paths) < len(args.models):
         raise flags.InputError("--models: two models have the same name")
     flags.check_made(args.reward_model, "train_rm.py", "--reward_model")
+    flags.check_made(args.reward_model, "train_rm.py", "--reward_model")
+    for path in paths.values():
+        flags.check_made(path, "the script that trains it", "--models")
     first, start = next(iter(paths.items()))                # the baseline
     tokenizer = models.load_tokenizer(start, args)
     for path in [*paths.values(), args.reward_model]:
-        flags.check_made(path, "the script that trains it", "--models")
         models.check_same_vocabulary(start, tokenizer, path)
     length, dtype = args.max_prompt_seq_len + args.max_answer_seq_len, engine.pick_dtype(args.dtype)
     load = lambda path, kind=models.load_policy: engine.frozen(kind(path, tokenizer, dtype, length))

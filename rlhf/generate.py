@@ -6,8 +6,7 @@ import torch
 def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
     Returns them with `response_ids` and `mask` (B, R), R the longest response drawn.  The mask ends
-    with the first end-of-sequence token, included.  Always samples: of an argmax PPO's importance
-    ratio would mean nothing."""
+    with the first end-of-sequence token.  Always samples: of an argmax the ratio means nothing."""
     ids = model.generation_config                          # says no more than these: models.py
     sequences = model.eval().generate(
         prompts["prompt_ids"], attention_mask=prompts["prompt_mask"].long(), do_sample=True,

@@ -21,10 +21,9 @@ from rlhf.losses import token_logprobs
 
 def load_tokenizer(path, args=None):
     """The tokenizer of a model folder or hub id ("toy": the embedded world's), with an eos, which
-    is --end_of_conversation_token, and a pad.
-    A pad that is missing or the eos becomes the unk, where that is a token of its own, else a new
-    `<|pad|>`: Transformers' sequence classifiers read the last token that is not the pad, and would
-    miss the eos.  InputError where there is no tokenizer, no eos, or that token is none to it."""
+    is --end_of_conversation_token, and a pad.  A pad that is missing or the eos becomes the unk, if
+    that is a token of its own, else a new `<|pad|>`: Transformers' sequence classifiers read the
+    last token that is no pad, and would miss the eos.  InputError for no tokenizer, eos, token."""
     tokenizer = toy.tokenizer() if path == "toy" else \
         opened(AutoTokenizer.from_pretrained, path, "the tokenizer of")
     end, new = (args.end_of_conversation_token, args.add_eot_token) if args else (None, False)

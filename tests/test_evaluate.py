@@ -70,3 +70,12 @@ def test_bad_input(run):
     assert "run train_rm.py first" in run("--reward_model", "output/rm")[1]
     assert "do not fit in the 64-token context" in run("--max_prompt_seq_len", "60")[1]
     assert run("--num_prompts", "1")[0] == 2
+
+
+def test_a_model_that_no_script_has_left_is_named_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for made, expected in (("", "run train_rm.py first"), ("output/rm", "model in output/sft")):
+        (tmp_path / made).mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--output_dir", str(tmp_path / "out")])
+        with pytest.raises(flags.InputError, match=expected):
+            evaluate.main()
