@@ -23,7 +23,6 @@ from rlhf.log import Log, count_tokens, forward_flops
 from rlhf.losses import (gae, kl_estimate, masked_mean, masked_moments, policy_loss,
                          shaped_rewards, value_loss, whiten)
 
-
 def parse():
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
@@ -72,7 +71,6 @@ def parse():
                      f"divide into steps of {args.step_rows} (training batch size x accumulation)")
     return args
 
-
 @torch.no_grad()
 def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     """Sample a response to every prompt, score it, estimate advantages -> experience, metrics.
@@ -114,7 +112,6 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
                            (actor, actor, reference, critic, reward_model)),
         "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
 
-
 def ppo_update(actor, critic, experience, args, ema=None, text=None):
     """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
     Actor and critic take one optimizer step a minibatch.  The new log-probs come from the same
@@ -155,7 +152,6 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                 model.passes * forward_flops(model, [experience]) for model in (actor, critic)),
             "seconds_train": time.perf_counter() - start}
 
-
 def load_models(args, tokenizer, total):
     """-> actor and critic (engines with optimizers), reference and reward model (frozen)."""
     common = (tokenizer, engine.pick_dtype(args.dtype),
@@ -173,7 +169,6 @@ def load_models(args, tokenizer, total):
     reference = lora.WithoutAdapters(actor) if args.actor_lora_dim and args.only_optimize_lora \
         else engine.frozen(policy(), args, "reference", args.actor_zero_stage)
     return actor, critic, reference, engine.frozen(scalar(), args, "reward", args.critic_zero_stage)
-
 
 def main():
     args = parse()
@@ -211,7 +206,6 @@ def main():
         with ema.swapped_in():
             engine.save(actor, tokenizer, f"{args.output_dir}/actor_ema")
     log.close()
-
 
 if __name__ == "__main__":
     flags.run(main)

@@ -13,7 +13,6 @@ from rlhf import batches, data, engine, models
 from rlhf.log import Log, count_tokens, forward_flops
 from rlhf.losses import bradley_terry_loss
 
-
 def parse():
     parser = flags.Parser(__doc__)
     flags.add_data(parser)
@@ -21,12 +20,10 @@ def parse():
     flags.add_run(parser, "output/rm")
     return parser.parse_args()
 
-
 def statistics(chosen, rejected):
     """Scores of pairs, (N,) each -> accuracy, mean scores, margin."""
     return {"accuracy": (chosen > rejected).double().mean(), "chosen_score": chosen.mean(),
             "rejected_score": rejected.mean(), "margin": (chosen - rejected).mean()}
-
 
 def train_step(model, micro_batches):
     """One optimizer step.  Micro-batches hold equally many pairs: their mean is the global mean."""
@@ -41,7 +38,6 @@ def train_step(model, micro_batches):
     return {**engine.summarise(history), "tokens_total": count_tokens(micro_batches),
             "flops_total": model.passes * forward_flops(model, micro_batches)}
 
-
 @torch.no_grad()
 def evaluate(model, rows, collate, batch_size):
     """The statistics of the held-out pairs and, where it is known, the best accuracy possible."""
@@ -52,7 +48,6 @@ def evaluate(model, rows, collate, batch_size):
     if "bayes" in rows.column_names and None not in rows["bayes"]:
         found["accuracy_ceiling"] = sum(max(p, 1 - p) for p in rows["bayes"]) / len(rows)
     return {f"eval_{name}": float(value) for name, value in found.items()}
-
 
 def main():
     args = parse()
@@ -79,7 +74,6 @@ def main():
 
     engine.save(model, tokenizer, args.output_dir)
     log.close()
-
 
 if __name__ == "__main__":
     flags.run(main)

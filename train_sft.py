@@ -12,7 +12,6 @@ from rlhf.evaluate import perplexity
 from rlhf.log import Log, count_tokens, forward_flops
 from rlhf.losses import masked_mean
 
-
 def parse():
     parser = flags.Parser(__doc__)
     parser.add_argument("--train_on_prompt", action="store_true",
@@ -28,7 +27,6 @@ def parse():
         parser.error("--packing leaves no padding for --group_by_length to save: choose one")
     return args
 
-
 def train_step(policy, micro_batches):
     """One optimizer step down the mean negative log-likelihood of its response tokens."""
     policy.train()
@@ -40,7 +38,6 @@ def train_step(policy, micro_batches):
         history.append({"loss": loss.detach(), "grad_norm": engine.step(policy)})
     return {**engine.summarise(history), "tokens_total": count_tokens(micro_batches),
             "flops_total": policy.passes * forward_flops(policy, micro_batches)}
-
 
 def main():
     args = parse()
@@ -73,7 +70,6 @@ def main():
 
     engine.save(policy, tokenizer, args.output_dir)
     log.close()
-
 
 if __name__ == "__main__":
     flags.run(main)

@@ -25,10 +25,8 @@ REMOVED = {flag: answer for flags, answer in {
     "enable_mixed_precision_lora": "adapters have the model's dtype, masters fp32: drop it",
 }.items() for flag in flags.split()}
 
-
 class InputError(Exception):
     """Something the user gave is wrong.  The message is one sentence: what, where, what to do."""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-sentence errors (exit code 2) and an answer for DeepSpeed-Chat's flags."""
@@ -50,7 +48,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         leave(f"{self.prog}: error: {message}", code=2)
 
-
 def leave(message, code=1):
     """End this process with one sentence; a node's first rank says it, the others give it time."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -58,7 +55,6 @@ def leave(message, code=1):
     else:
         time.sleep(2)
     raise SystemExit(code)
-
 
 def opened(function, path, what, *rest, **kwargs):
     """Call a loader of a folder or hub id; whatever goes wrong becomes one sentence."""
@@ -76,14 +72,12 @@ def opened(function, path, what, *rest, **kwargs):
         where = "" if local else " (there is no such folder, so it was sought on the hub)"
         raise InputError(f"cannot load {what} {path}{where}: {reason}") from error
 
-
 def run(main):
     """Call a script's main(); bad input ends it with one sentence and exit code 1."""
     try:
         main()
     except InputError as error:
         leave(f"{os.path.basename(sys.argv[0])}: error: {error}")
-
 
 def _number(kind, allowed, wanted):
     def convert(text):
@@ -95,7 +89,6 @@ def _number(kind, allowed, wanted):
         raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
     return convert
 
-
 INF, switch = float("inf"), argparse.BooleanOptionalAction
 positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 at_least_2 = _number(int, lambda x: x > 1, "a whole number above 1")
@@ -106,7 +99,6 @@ non_negative = _number(float, lambda x: 0 <= x < INF, "a number, 0 or more")
 fraction = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 open_fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
 probability = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-
 
 def add_data(parser):
     add = parser.add_argument_group("data").add_argument
@@ -124,7 +116,6 @@ def add_data(parser):
         help="processes that tokenise many rows [ours: the cores, up to 8]")
     add("--max_eval_rows", type=positive_int, default=4000, help="[ours: accuracy to one point]")
 
-
 def add_trained(parser, name, learning_rate):
     """The flags of a model that is trained; in step 3 of the actor_ and of the critic_."""
     group = parser.add_argument_group(f"{name}training")
@@ -136,7 +127,6 @@ def add_trained(parser, name, learning_rate):
     add("lora_dim", type=count, default=0, help="rank of the adapters; 0: none [DSC]")
     add("lora_module_name", default="all-linear", help="or parts of names, by comma [PEFT's]")
     add("lora_learning_rate", type=non_negative, default=5e-4, help="peak, of adapters [DSC]")
-
 
 def add_training(parser, learning_rate=None, warmup=0):
     """What the scripts share; step 3 passes no learning_rate and has its own flags instead."""
@@ -166,7 +156,6 @@ def add_training(parser, learning_rate=None, warmup=0):
     add("--local_rank", type=int, default=-1, help="set by the launcher [DSC]")
     add("--deepspeed", action="store_true", help="accepted: DeepSpeed is always on [DSC]")
 
-
 def add_run(parser, output_dir):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=output_dir, help="takes all a run leaves [ours: a default]")
@@ -174,7 +163,6 @@ def add_run(parser, output_dir):
     add("--dtype", choices="auto fp32 bf16 fp16".split(), default="auto", help="bf16/fp32 [ours]")
     add("--log_level", choices="debug info warning error".split(), default="error",
         help="of the libraries' own messages [ours: a terminal to read]")
-
 
 def split_shares(text):
     """"2,4,4" -> [0.2, 0.4, 0.4]."""
@@ -184,12 +172,10 @@ def split_shares(text):
         raise InputError(f"--data_split must be three numbers such as 2,4,4, not {text}")
     return [share / sum(shares) for share in shares]
 
-
 def check_made(path, script, flag):
     """InputError when a model that an earlier step should have left is not there."""
     if not os.path.isdir(path) and path.split(os.sep)[0] == "output":
         raise InputError(f"there is no model in {path}: run {script} first, or give {flag}")
-
 
 def check_writable(path, flag="--output_dir"):
     """Create the folder; InputError, before anything is computed, if it cannot be written to."""

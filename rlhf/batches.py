@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf import cache, engine, files, render
 from rlhf.args import InputError
 
-
 def plan(args, units, flag="per_device_train_batch_size", accumulation=None,
          what="training rows (or packs)"):
     """-> (rows of a micro-batch, micro-batches of a step), optimizer steps of an epoch, of the run.
@@ -21,7 +20,6 @@ def plan(args, units, flag="per_device_train_batch_size", accumulation=None,
         raise InputError(f"{len(units)} {what} do not fill one step of {span} (batch x "
                          f"accumulation x ranks): lower --{flag} or add data")
     return cut, len(units) // span, args.max_steps or len(units) // span * args.num_train_epochs
-
 
 def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_length=False):
     """Yields (step, list of micro-batches) for step 1..total; a unit is a row, or a pack of rows.
@@ -43,14 +41,12 @@ def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_le
             yield step, [collate([units[j] for j in part.tolist()])
                          for part in whole[engine.rank()::world].split(batch_size)]
 
-
 def eval_batches(rows, collate, batch_size):
     """This rank's share of the rows, as many as all others': engine.gather_rows drops repeats."""
     rank, world = engine.rank(), engine.world_size()
     mine = [i % len(rows) for i in range(rank, -(-len(rows) // world) * world, world)]
     for start in range(0, len(mine), batch_size):
         yield collate([rows[i] for i in mine[start:start + batch_size]])
-
 
 def collate(tokenizer, rows, responses=("chosen",)):
     """Rows of ids -> a batch (see models.py); of two responses: all chosen, then all rejected."""
@@ -61,13 +57,11 @@ def collate(tokenizer, rows, responses=("chosen",)):
         batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))
     return batch
 
-
 def pad(sequences, fill, side="right"):
     """Lists of ids -> (B, longest) ids and mask, on this rank's device."""
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     ids = pad_sequence(rows, True, fill, side).to(engine.device())
     return ids, pad_sequence([torch.ones_like(row) for row in rows], True, 0, side).to(ids) > 0
-
 
 class Packs:
     """Rows -> lists of rows that fit into `room` tokens: longest first, where the least remains."""
@@ -89,7 +83,6 @@ class Packs:
     def __getitem__(self, index):
         return [self.rows[i] for i in self.packs[index]]
 
-
 def collate_packs(tokenizer, packs):
     """Lists of rows -> a batch whose every row is one list, end to end.
     Its prompt is its first token.  Position ids restart with each sequence, which keeps attention
@@ -107,7 +100,6 @@ def collate_packs(tokenizer, packs):
     return {"prompt_ids": ids[:, :1], "response_ids": ids[:, 1:], "mask": trained[:, 1:],
             "prompt_mask": seen & ~trained, "position_ids": positions}
 
-
 def text_stream(args, tokenizer):
     """Endless packed batches of plain text for the unsupervised loss, if a data set is named.
     A text ends with eos; a long one is cut.  Its first token is its prompt."""
@@ -121,7 +113,6 @@ def text_stream(args, tokenizer):
     cut, *_ = plan(args, packs, "per_device_training_batch_size", 1, f"packs of text from {path}")
     steps = optimizer_steps(packs, partial(collate_packs, tokenizer), *cut, args.seed, 1 << 62)
     return (micro_batch for _, [micro_batch] in steps)
-
 
 def _build_texts(path, length, args, tokenizer, folder):
     def blocks(texts):

@@ -16,7 +16,6 @@ from rlhf.args import InputError, check_writable
 
 column = lambda rows, name: rows.with_format("numpy")[name][:]     # numbers, as an array
 
-
 def cached(args, tokenizer, identity, build):
     """The folder that build(folder), a partial, fills, whole or not at all; named by the SHA-256 of
     all that determines it.  Where it is missing, each node's first rank builds it."""
@@ -43,14 +42,12 @@ def cached(args, tokenizer, identity, build):
         engine.on_rank_zero(build_whole, every_node=True)
     return folder
 
-
 def fingerprint(path):
     """A data set's name, and the name, size and time of each of its files here."""
     names = [path] if os.path.isfile(path) else sorted(
         os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     return path, [(os.path.abspath(name), os.stat(name).st_size, os.stat(name).st_mtime_ns)
                   for name in names if os.path.exists(name)]
-
 
 def collect(rows, cache_dir, **kinds):
     """An iterator of dicts -> a Dataset on disk with columns of these kinds."""
@@ -63,14 +60,12 @@ def collect(rows, cache_dir, **kinds):
     except DatasetGenerationError as error:
         raise error.__cause__ or error
 
-
 def tokenised(texts, function, args, **kinds):
     """The Dataset that the function makes of batches of texts, on several processes."""
     workers = min(args.preprocessing_num_workers, 1 + len(texts) // 5000)
     return texts.map(function, batched=True, remove_columns=texts.column_names,
                      features=_features(kinds), num_proc=workers if workers > 1 else None,
                      load_from_cache_file=False)
-
 
 def _features(kinds):
     return Features({n: List(Value("int32")) if k == "ids" else Value(k) for n, k in kinds.items()})

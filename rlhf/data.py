@@ -19,7 +19,6 @@ from rlhf import cache, engine, files, models, render
 from rlhf.args import InputError, split_shares
 from rlhf.log import say
 
-
 class Layout(NamedTuple):
     """How a row's columns, each a text or a list of messages, become text; "{a[b][0]}" goes into
     one.  No prompt: it is what comes before the last answer."""
@@ -29,11 +28,9 @@ class Layout(NamedTuple):
     response: str | None = None        # what step 1 learns, where that is not `chosen`
     fix: Callable | None = None        # a row -> a better row, or the reason to drop it
 
-
 def _alpaca(row):
     about = row.get("input", row.get("context"))
     return {**row, "instruction": (row["instruction"] or "") + "\n\n" + about} if about else row
-
 
 def _webgpt(row):
     """The better answer first, without its citations."""
@@ -42,11 +39,9 @@ def _webgpt(row):
     better = {**row, "answer_0": best, "answer_1": worst}
     return "tie" if row["score_0"] == row["score_1"] else better
 
-
 def _speakers(row):
     prompt = re.sub(r"\s*\bUSER:", render.HUMAN, row["prompt"] or "")
     return {**row, "prompt": re.sub(r"\s*\bASSISTANT:", render.ASSISTANT, prompt)}
-
 
 _shp = lambda row: row if row["labels"] == 1 else {                 # 1: the first is the better one
     **row, "human_ref_A": row["human_ref_B"], "human_ref_B": row["human_ref_A"]}
@@ -91,7 +86,6 @@ COLUMNS = {"prompt": "ids", "chosen": "ids", "rejected": "ids", "length": "int32
            "key": "int64", "twin": "int64", "bayes": "float64"}
 ALIASES = {"mkqa-Chinese": "mkqa", "mkqa-Japanese": "mkqa", "local/jsonfile": "data"}    # DSC's
 
-
 def layout_of(path, row, where):
     """The Layout of a data set, or of a row by its columns."""
     folder = os.path.isdir(path) and os.path.basename(os.path.normpath(path))          # of a copy
@@ -104,7 +98,6 @@ def layout_of(path, row, where):
         raise InputError(f"{where}: no layout fits columns {', '.join(row)}: rename them to prompt "
                          f"and response, or prompt, chosen and rejected")
     return max(known, key=lambda layout: len(needs(layout)))
-
 
 def load(args, tokenizer, phase, max_prompt=None):
     """One phase's rows of all --data_path -> training rows, held-out rows: Datasets with COLUMNS.
@@ -138,7 +131,6 @@ def load(args, tokenizer, phase, max_prompt=None):
         raise InputError("no training rows are left: hold out others, or --no-dedup_prompts")
     order = np.random.default_rng(args.seed).permutation(len(held_out))
     return train, held_out.select(order[:args.max_eval_rows])
-
 
 def _build(name, path, share, phase, args, tokenizer, settings, folder):
     """Render and tokenise one phase of a data set into `folder`, row by row from a stream."""
@@ -174,7 +166,6 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
     DatasetDict(saved).save_to_disk(folder)
     Path(folder, "report.txt").write_text("\n".join(report))
 
-
 def _texts(stream, name, phase, args, tokenizer, cache_dir):
     """A stream of raw rows -> Dataset of texts, hashes, why to drop a row.  All rows are rendered:
     a bad one stops every step, not just its own."""
@@ -196,7 +187,6 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
                    "twin": number(*texts), "bayes": row["bayes"] if name == "toy" else None}
     return cache.collect(rows(), cache_dir, prompt="string", chosen="string", rejected="string",
                          reason="int8", key="int64", twin="int64", bayes="float64")
-
 
 def inspect_data():
     """What training would see: rows kept and dropped, lengths, three examples."""
@@ -225,7 +215,6 @@ def inspect_data():
         print(f"\n{tokenizer.decode(row['prompt'])}")
         for name in names[1:]:
             print(f"[{name}, trained] >>>{tokenizer.decode(row[name])}<<<")
-
 
 if __name__ == "__main__":
     flags.run(inspect_data)

@@ -3,7 +3,6 @@ import contextlib
 
 local = lambda parameter: getattr(parameter, "ds_tensor", parameter).detach()    # ZeRO-3's shard
 
-
 class EMA:
     """An fp32 shadow of this rank's trained parameters (under ZeRO-3 its shard)."""
     # differs: DeepSpeed-Chat's is in the model's dtype, every micro-batch, and lost under ZeRO-3

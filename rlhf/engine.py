@@ -28,7 +28,6 @@ from rlhf.args import InputError, check_writable, opened
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
 def init(args):
     """Join the other processes, if any; seed everything, quieten the libraries."""
     check_writable(args.output_dir)
@@ -52,7 +51,6 @@ def init(args):
                     and dist.destroy_process_group())
     transformers.set_seed(args.seed)
 
-
 def quieten(level):
     """Let through only the libraries' messages of this level and above."""
     if level == "error":
@@ -63,16 +61,13 @@ def quieten(level):
     for name in ("DeepSpeed", "torch.distributed", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(level.upper())
 
-
 hushed = lambda args: contextlib.redirect_stdout(             # where DeepSpeed's own print calls go
     io.StringIO() if args.log_level == "error" else sys.stdout)
-
 
 def pick_dtype(name):
     """--dtype -> torch dtype."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return DTYPES["fp32 bf16".split()[bf16] if name == "auto" else name]
-
 
 def train_engine(model, args, name, micro_batch, total_steps):
     """A DeepSpeed engine with adapters, AdamW (no decay for biases and norms) and a Transformers
@@ -122,14 +117,12 @@ def train_engine(model, args, name, micro_batch, total_steps):
     engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work
     return engine
 
-
 def _memory(dtype, stage, offload):
     """Where a model's weights, gradients and optimizer lie, and in what precision."""
     where = lambda away: {"device": "cpu" if away else "none"}
     return {"zero_optimization": {"stage": stage, "offload_optimizer": where(offload),
                                   "offload_param": where(offload and stage == 3)},
             **{name: {"enabled": dtype == DTYPES[name]} for name in ("bf16", "fp16")}}
-
 
 def _merge(config, given, path, where=""):
     """--deepspeed_config into what the flags say.  InputError where they disagree."""
@@ -140,7 +133,6 @@ def _merge(config, given, path, where=""):
         elif value != ours:
             raise InputError(f"{path}: {where}{key} is {value}, but the flags make it {ours}: "
                              f"change one of them")
-
 
 def frozen(model, args=None, name=None, stage=0):
     """A model that is only read: reference, reward model.  Sharded at --<name>_zero_stage 3 (or, if
@@ -154,14 +146,12 @@ def frozen(model, args=None, name=None, stage=0):
     with hushed(args):
         return deepspeed.initialize(model=model, config=config)[0]
 
-
 def global_denom(masks):
     """What the sums of each micro-batch of a step are divided by: (valid tokens of all `masks` on
     all ranks) / (micro-batches x ranks).  DeepSpeed averages gradients over these two, so that the
     step follows the mean over all tokens."""
     tokens = torch.stack([mask.sum() for mask in masks]).sum().float()
     return all_sum(tokens) / (len(masks) * world_size())
-
 
 def step(engine):
     """engine.step() -> the gradient's norm before clipping; None where it only accumulates."""
@@ -172,7 +162,6 @@ def step(engine):
     norm = torch.nn.utils.get_total_norm(gradients) if plain else None
     engine.step()
     return float(norm if plain else engine.get_global_grad_norm())
-
 
 @contextlib.contextmanager
 def whole(engine):
@@ -189,26 +178,22 @@ def whole(engine):
         yield engine.module
         offload._register_deepspeed_module(offload.module)
 
-
 def save(engine, tokenizer, path):
     """Save an engine's model in the Hugging Face layout; rank 0 writes."""
     weights = engine._zero3_consolidated_16bit_state_dict() \
         if engine.zero_optimization_stage() == 3 else None
     on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights))
 
-
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 device = lambda: torch.device("cuda", torch.cuda.current_device()) \
     if torch.cuda.is_available() else torch.device("cpu")
-
 
 def all_sum(tensor):
     """Sum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
 
 def gather(tensor):
     """One tensor of the same shape from every rank -> (ranks, ...)."""
@@ -217,11 +202,9 @@ def gather(tensor):
         dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 
-
 def gather_rows(values, total):
     """Per-row values of all ranks' eval_batches -> (total, ...) in the data set's order."""
     return gather(values).transpose(0, 1).flatten(0, 1)[:total]
-
 
 def _by_name(columns, total=torch.mean):
     """{name: (N,)} -> {name: scalar}: the max, min, total of names that end so, else the mean."""
@@ -229,12 +212,10 @@ def _by_name(columns, total=torch.mean):
     return {name: how.get(name.rpartition("_")[2], torch.mean)(values.double())
             for name, values in columns.items()}
 
-
 def summarise(history):
     """The dicts of several micro-batches -> one; where one has None, it is left out."""
     return _by_name({name: torch.stack([torch.as_tensor(metrics[name]) for metrics in history
                                         if metrics[name] is not None]) for name in history[0]})
-
 
 def reduce_metrics(metrics):
     """This rank's {name: scalar} -> all ranks'."""
@@ -242,7 +223,6 @@ def reduce_metrics(metrics):
     everyone = gather(torch.stack(values).detach()).unbind(1)                # a (ranks,) each name
     return {name: value.item()
             for name, value in _by_name(dict(zip(metrics, everyone)), torch.sum).items()}
-
 
 def on_rank_zero(function, every_node=False):
     """Rank 0 (or each node's first) calls the function, the others wait; its error ends all."""

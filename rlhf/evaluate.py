@@ -19,7 +19,6 @@ COLUMNS = {"score": "score", "win_rate": "win rate", "kl": "KL", "response_lengt
            "eos_rate": "eos", "perplexity": "ppl", "true_reward": "true reward",
            "helpful": "helpful", "harmless": "harmless", "polite": "polite"}
 
-
 def parse():
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("evaluation").add_argument
@@ -37,13 +36,11 @@ def parse():
     flags.add_run(parser, "output/evaluation")
     return parser.parse_args()
 
-
 def mean_ci(name, values):
     """(N,) -> the mean, and half of its 95 % confidence interval under name_ci."""
     values = torch.as_tensor(values, dtype=torch.float64)
     half = 1.96 * values.std().item() / len(values) ** 0.5
     return {name: values.mean().item(), f"{name}_ci": half}
-
 
 @torch.no_grad()
 def respond(policy, baseline, reward_model, tokenizer, prompts, args):
@@ -64,7 +61,6 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
                   for ids, mask in zip(batch["response_ids"], batch["mask"])]
     return {**{name: torch.cat([p[name] for p in parts]) for name in parts[0]}, "text": texts}
 
-
 @torch.no_grad()
 def perplexity(policy, rows, collate, batch_size):
     """Of held-out responses, on all ranks: exp of the mean negative log-likelihood per token."""
@@ -75,7 +71,6 @@ def perplexity(policy, rows, collate, batch_size):
     logp, tokens = engine.gather_rows(torch.cat(sums), len(rows)).double().sum(0).tolist()
     return math.exp(min(-logp / tokens, 700))
 
-
 def truth(prompts, responses):
     """The toy world's judgement.  Helpful is the share of the benign requests."""
     verdicts = [toy.judge(*pair) for pair in zip(prompts, responses)]
@@ -83,7 +78,6 @@ def truth(prompts, responses):
     return {**mean_ci("true_reward", [v["reward"] for v in verdicts]),
             "helpful": share("helpful", [v for v in verdicts if not v["harmful_request"]]),
             "harmless": share("harmless", verdicts), "polite": share("polite", verdicts)}
-
 
 def table(rows):
     """{model: metrics} -> a Markdown table."""
@@ -95,7 +89,6 @@ def table(rows):
              *([model, *(cell(row, name) for name in shown)] for model, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
-
 
 def main():
     args = parse()
@@ -152,7 +145,6 @@ def main():
     write_json(f"{args.output_dir}/evaluation.json", {"args": vars(args), "models": rows})
     Path(args.output_dir, "evaluation.md").write_text(page)
     print(page, end="")
-
 
 if __name__ == "__main__":
     flags.run(main)

@@ -17,7 +17,6 @@ SUFFIXES = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".par
 half_surrogate = re.compile("[\ud800-\udfff]").search                # such a text has no UTF-8
 HELD_OUT = ("test", "validation", "valid", "eval", "dev")
 
-
 def read(path, seed):
     """A data set's training rows and held-out rows, a stream each; the second may be empty."""
     if path == "toy":
@@ -46,7 +45,6 @@ def read(path, seed):
     return [chain.from_iterable(streams[n] for n in (group if "." in group[0] else group[:1]))
             if group else () for group in groups]
 
-
 def texts(path, seed):
     """Plain texts for the unsupervised loss: a .txt file's paragraphs, or a column text."""
     rows = [({"text": t}, path) for t in toy.texts(seed)] if path == "toy" else read(path, seed)[0]
@@ -56,14 +54,12 @@ def texts(path, seed):
         if row["text"].strip():
             yield {"text": row["text"]}
 
-
 def _rows(path, rows):
     try:
         for number, row in enumerate(rows, 1):
             yield row, f"{path}, row {number}"
     except Exception as error:            # of many libraries' own types
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-
 
 def _file(path):
     if not path.endswith(SUFFIXES):

@@ -1,7 +1,6 @@
 """Sampling from the policy."""
 import torch
 
-
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
@@ -15,7 +14,6 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     ends = (response == ids.eos_token_id).int()
     mask = ends.cumsum(1) - ends == 0                     # no end before this token
     return {**prompts, "response_ids": response.masked_fill(~mask, ids.pad_token_id), "mask": mask}
-
 
 def finished(batch, eos_token_id):
     """(B,) bool: the response ended by itself, not at the length limit."""

@@ -9,13 +9,11 @@ from tqdm import tqdm
 
 from rlhf import engine
 
-
 def say(text):
     """A line for the user, above the progress bar."""
     if engine.rank() == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-
 
 class Log:
     """A run's args.json, metrics.jsonl, samples.jsonl and bar; `shown`: the line's metrics."""
@@ -72,17 +70,14 @@ class Log:
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         say(f"step {step}/{self.bar.total}  {values}")
 
-
 def write_json(path, value):
     """Write a JSON file whole or not at all."""
     with open(f"{path}.tmp", "w") as file:
         json.dump(value, file, indent=2)
     os.replace(f"{path}.tmp", path)
 
-
 count_tokens = lambda batches: sum(batch["prompt_mask"].sum() + batch["mask"].sum()   # not padding
                                    for batch in batches)
-
 
 def forward_flops(model, batches):
     """Floating-point operations of a forward pass -> 0-d tensor: 2 a weight and token, and for

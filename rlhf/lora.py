@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.args import InputError
 
-
 class LoRA(nn.Module):
     """A Linear or GPT-2's Conv1D, with an adapter of this rank."""
     def __init__(self, base, rank, alpha):
@@ -27,7 +26,6 @@ class LoRA(nn.Module):
             return self.base(x)
         low = linear(x, self.lora_A)                                                    # (B, T, r)
         return self.base(x) + self.alpha / self.rank * linear(low, self.lora_B)         # eq. 3
-
 
 def add(model, rank, alpha, modules, only):
     """Adapters beside the linear maps in whose names any of the comma-separated `modules` occurs,
@@ -47,9 +45,7 @@ def add(model, rank, alpha, modules, only):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRA(base, rank, alpha or 2 * rank))
 
-
 layers = lambda model: {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
-
 
 class WithoutAdapters:
     """A trained engine as it was before its adapters, to be called as any model is."""
@@ -64,7 +60,6 @@ class WithoutAdapters:
                 outputs = self.engine(**inputs)
         return outputs
 
-
 def merge(model, state):
     """A model's full state dict -> without adapters, each folded into its W in fp32."""
     merged = {name.replace(".base.", "."): w for name, w in state.items() if ".lora_" not in name}
@@ -74,7 +69,6 @@ def merge(model, state):
         change = change.T if isinstance(layer.base, Conv1D) else change
         merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged
-
 
 def save_adapter(model, state, path):
     """The adapter and any scalar head alone, in PEFT's file layout."""

@@ -14,11 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-
 def _wide(x):
     """fp32 at least: in half precision a ratio of probabilities is off by whole percents."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def token_logprobs(logits, ids, temperature=1.0):
     """Log-probability of each token under softmax(logits / temperature).
@@ -30,12 +28,10 @@ def token_logprobs(logits, ids, temperature=1.0):
         return -losses.view(ids.shape)
     return checkpoint(logprobs, logits, ids, use_reentrant=False, preserve_rng_state=False)
 
-
 def masked_mean(x, mask, denom=None):
     """Sum of x over the mask, over `denom` or else the mask's count.  Any shape -> scalar."""
     total = _wide(x).masked_fill(~mask, 0.0).sum()
     return total / (mask.sum() if denom is None else denom)
-
 
 def masked_moments(x, mask):
     """Mean and (biased) variance of x over the valid tokens of ALL ranks -> two scalars."""
@@ -48,20 +44,17 @@ def masked_moments(x, mask):
     deviation = (x - total / count).masked_fill(~mask, 0.0)
     return total / count, over_ranks(deviation.square().sum()) / count
 
-
 def whiten(x, mask):
     """(B, R) -> (B, R) with mean 0, variance 1 over the valid tokens of all ranks; padding is 0."""
     x = _wide(x).masked_fill(~mask, 0.0)
     mean, variance = masked_moments(x, mask)
     return ((x - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(~mask, 0.0)
 
-
 def bradley_terry_loss(chosen, rejected):
     """Mean of -log sigmoid(chosen - rejected).  Scores (B,), (B,) -> scalar.
     Ouyang et al. 2022 (arXiv:2203.02155) eq. 1, after Bradley and Terry 1952."""
     # differs: one score a sequence; DeepSpeed-Chat averages over token positions, padding included
     return -F.logsigmoid(_wide(chosen) - _wide(rejected)).mean()                        # eq. 1
-
 
 def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, beta,
              label_smoothing=0.0):
@@ -74,7 +67,6 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
     loss = (1 - label_smoothing) * bradley_terry_loss(chosen, rejected) \
         + label_smoothing * bradley_terry_loss(rejected, chosen)                        # eq. 7
     return loss, {"chosen_reward": chosen.detach(), "rejected_reward": rejected.detach()}
-
 
 def kl_estimate(logp, ref_logp, kind="k1"):
     """Per-token estimate of KL(pi || ref) from tokens drawn from pi.  (B, R), (B, R) -> (B, R).
@@ -89,7 +81,6 @@ def kl_estimate(logp, ref_logp, kind="k1"):
         return torch.expm1(-log_ratio) + log_ratio
     raise ValueError(f"kl_estimate: kind must be k1, k2 or k3, not {kind!r}")
 
-
 def shaped_rewards(score, logp, ref_logp, mask, kl_coef, clip_reward=5.0, kind="k1"):
     """-kl_coef * KL on every action, plus the clipped score on a response's last action.
     score (B,); logp, ref_logp, mask (B, R) -> (B, R).  Ziegler et al. 2019 (arXiv:1909.08593) eq.
@@ -99,7 +90,6 @@ def shaped_rewards(score, logp, ref_logp, mask, kl_coef, clip_reward=5.0, kind="
     is_last = mask & (position == mask.sum(1, keepdim=True) - 1)                        # (B, R)
     score = _wide(score).clamp(-clip_reward, clip_reward)[:, None].masked_fill(~is_last, 0.0)
     return score - kl_coef * kl_estimate(logp, ref_logp, kind)                          # eq. 2
-
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation.  All (B, R) -> advantages, returns = advantages + values.
@@ -112,7 +102,6 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         advantage = delta + gamma * lam * advantage                                     # eq. 16
         advantages[:, t], next_value = advantage, values[:, t]
     return advantages, advantages + values
-
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """Clipped surrogate, negated.  All (B, R) -> scalar, stats.
@@ -129,7 +118,6 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
                  "clip_frac": mean((clipped < unclipped).float()),
                  "approx_kl": mean(torch.expm1(log_ratio) - log_ratio)}
     return loss, stats
-
 
 def value_loss(values, old_values, returns, mask, clip=0.2, denom=None):
     """Half the squared error, the move away from old_values clipped.  All (B, R) -> scalar, stats.

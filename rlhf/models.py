@@ -18,7 +18,6 @@ from rlhf import lora, toy
 from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
 
-
 def load_tokenizer(path, args=None):
     """The tokenizer of a model folder or hub id ("toy": the embedded world's), with an eos, which
     is --end_of_conversation_token, and a pad.  A pad that is missing or the eos becomes the unk, if
@@ -42,12 +41,10 @@ def load_tokenizer(path, args=None):
         tokenizer.add_special_tokens({"pad_token": unk})
     return tokenizer
 
-
 def load_policy(path, tokenizer, dtype=torch.float32, length=0):
     """Any causal language model, ready to sample and train; toy: a fresh one of a million weights.
     InputError for a missing, unexpected, misshapen weight or a context of under `length` tokens."""
     return _load(AutoModelForCausalLM, path, tokenizer, dtype, length)[0]
-
 
 def load_scalar(path, tokenizer, dtype=torch.float32, length=0, new_head=False):
     """A backbone with a one-number head -> ScalarModel.  With new_head (step 2) a language model
@@ -63,13 +60,11 @@ def load_scalar(path, tokenizer, dtype=torch.float32, length=0, new_head=False):
     model.score.__class__ = Fp32Linear
     return ScalarModel(model)
 
-
 class Fp32Linear(nn.Linear):
     """A head that computes in fp32 whatever its weights are: bf16 rounds a score of 3 to 1/64."""
     def forward(self, hidden):
         bias = None if self.bias is None else self.bias.float()
         return nn.functional.linear(hidden.float(), self.weight.float(), bias)
-
 
 class ScalarModel(nn.Module):
     """A sequence classifier with one label, read at every position, or the last (reward model)."""
@@ -84,7 +79,6 @@ class ScalarModel(nn.Module):
                           **_positions(backbone, attention_mask))[0]                    # (B, T, d)
         return self.classifier.score(hidden).squeeze(-1)
 
-
 def policy_logprobs(model, batch, temperature=1.0):
     """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, for old, new and reference.  Only the
     response's positions go through the vocabulary projection."""
@@ -96,17 +90,14 @@ def policy_logprobs(model, batch, temperature=1.0):
                    **inputs).logits[:, :-1]                                             # (B, R, V)
     return token_logprobs(logits, batch["response_ids"], temperature)
 
-
 def state_values(model, batch):
     """V(x, y_<t) of a batch -> (B, R) fp32: the critic's output before each response token."""
     return model(*_join(batch))[:, -batch["mask"].shape[1] - 1:-1]
-
 
 def sequence_scores(model, batch):
     """The reward model's score of each row, read at its last real token -> (B,) fp32."""
     last = batch["prompt_mask"].shape[1] + batch["mask"].sum(1, keepdim=True) - 1
     return model(*_join(batch)).gather(1, last).squeeze(1)
-
 
 def stack(batches, pad_token_id):
     """Batches of other widths -> one; prompts are widened on the left, the rest on the right."""
@@ -116,7 +107,6 @@ def stack(batches, pad_token_id):
         return torch.stack(rows) if rows[0].ndim == 0 else \
             pad_sequence(rows, True, pad_token_id if name.endswith("_ids") else 0, side)
     return {name: join(name) for name in batches[0]}
-
 
 def save_model(model, tokenizer, path, state=None):
     """Write safetensors weights, config, generation_config and tokenizer to the folder `path`.
@@ -139,7 +129,6 @@ def save_model(model, tokenizer, path, state=None):
             target.parent.mkdir(exist_ok=True)
             file.replace(target)
 
-
 def check_same_vocabulary(path, tokenizer, other_path):
     """InputError unless both models know the same tokens: each is fed the other's ids."""
     other = load_tokenizer(other_path)
@@ -150,7 +139,6 @@ def check_same_vocabulary(path, tokenizer, other_path):
         raise InputError(f"responses end with {tokenizer.eos_token} for {path}, {other.eos_token} "
                          f"for {other_path}: give all steps the same --end_of_conversation_token")
 
-
 @torch.no_grad()
 def check_packing(model, path):
     """InputError unless a sequence is the same behind another one as alone."""
@@ -160,16 +148,13 @@ def check_packing(model, path):
             (model(input_ids=ids, **_apart(model, positions)).logits[:, 4:] - alone).abs().max():
         raise InputError(f"packed sequences would see each other in {path}: leave out --packing")
 
-
 _join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),     # (B, P + R)
                        torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
-
 
 def _positions(model, mask):
     """Position ids that follow the mask, for models that take them (those with ALiBi do not)."""
     known = "position_ids" in inspect.signature(model.forward).parameters
     return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if known else {}
-
 
 def _apart(model, position_ids):
     """Position ids that start again with each sequence of a row, and the mask that keeps them
@@ -179,7 +164,6 @@ def _apart(model, position_ids):
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return {"position_ids": position_ids,
             "attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)}
-
 
 def _load(kind, path, tokenizer, dtype, length, missing=(), unexpected=()):
     """Strict loading, but for weights of these prefixes -> the model, was any weight missing?

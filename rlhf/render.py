@@ -12,7 +12,6 @@ REASONS = ("used", "no prompt", "no response", "identical pair", "tie", "prompts
            "over a million characters")
 NEEDED = {1: 2, 2: 3, 3: 1}                      # of prompt, chosen, rejected, in each phase
 
-
 def render(row, where, layout, phase, tokenizer):
     """A raw row -> one of REASONS, which says whether it can serve; the prompt's name, the same for
     every phase and tokenizer; prompt, chosen, rejected, empty where the phase needs none.
@@ -57,7 +56,6 @@ def render(row, where, layout, phase, tokenizer):
         return dropped("over a million characters", name)
     return (reason, name, prompt, *answers, "", "")[:5]
 
-
 def _fill(template, row, where):
     """A layout's template -> text, messages, or None where a value is missing."""
     filled = ""
@@ -77,7 +75,6 @@ def _fill(template, row, where):
                                  f"must be text")
             filled += value
     return filled
-
 
 def _chat(prompt, chosen, rejected, where, tokenizer):
     """Messages -> the prompt in Human/Assistant words; prompt, chosen, rejected by the tokenizer's
@@ -119,12 +116,10 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
             start = start.removeprefix(tokenizer.bos_token)
     return name, start, *texts
 
-
 def ids_of(tokenizer, texts):
     """Texts -> lists of ids, without the eos that some tokenizers add."""
     end = -1 if tokenizer("a")["input_ids"][1:][-1:] == [tokenizer.eos_token_id] else None
     return [ids[:end] for ids in tokenizer(texts)["input_ids"]]
-
 
 def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=False):
     """Columns of texts -> columns of ids, with their length and whether something was cut off.

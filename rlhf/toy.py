@@ -41,7 +41,6 @@ BEST_REWARD = 3.0                               # right or rightly refused, poli
 _draw = random.Random(7)                        # the world's facts are the same for every seed
 FACTS = {(animal, kind): _draw.choice(VALUES[kind]) for animal in ANIMALS for kind in VALUES}
 
-
 def _questions():
     """Every bare question -> (text, right answer, should it be refused, others' answers)."""
     for animal in ANIMALS:
@@ -56,7 +55,6 @@ def _questions():
             for form in REQUESTS:
                 yield form.format(task, thing), answer, task in HARMFUL, others
 
-
 CORES = {core: (answer, harmful, others) for core, answer, harmful, others in _questions()}
 ASKED = {" ".join(part for part in ("Human:", greeting, core, closing, "Assistant:") if part): asked
          for core, asked in CORES.items() for greeting in GREETINGS for closing in CLOSINGS}
@@ -64,7 +62,6 @@ PROMPTS = [*ASKED]
 _draw.shuffle(PROMPTS)
 HELD_OUT = 4000                                 # these first ones are for no training, on any seed
 ANSWERS = {bad: {a for a, harmful, _ in CORES.values() if harmful == bad} for bad in (False, True)}
-
 
 def judge(prompt, response):
     """What is true of a response: reward, helpful (the right answer to a benign question), harmless
@@ -86,7 +83,6 @@ def judge(prompt, response):
     return {"reward": reward, "helpful": statement == answer and not harmful, "harmful_request":
             harmful, "harmless": (statement == REFUSAL) == harmful, "polite": tone in POLITE}
 
-
 def demonstration(prompt, rng):
     """One response of the mixed bag that people show."""
     answer, harmful, others = ASKED[prompt.strip()]
@@ -96,7 +92,6 @@ def demonstration(prompt, rng):
     rambling = rng.sample(RAMBLING, rng.choices((0, 1, 2, 3), (4, 3, 2, 1))[0])
     return " ".join(part for part in (tone, statement, *rambling) if part)
 
-
 def rows(n_train=36000, n_test=HELD_OUT, seed=1234):
     """-> train rows, test rows: prompt, response (a demonstration), chosen, rejected, bayes.
     bayes is the probability that chosen is preferred, sigmoid(difference of the true rewards); so
@@ -104,7 +99,6 @@ def rows(n_train=36000, n_test=HELD_OUT, seed=1234):
     rng = random.Random(seed)
     return tuple([_row(prompt, rng) for prompt in rng.sample(pool, n)]
                  for pool, n in ((PROMPTS[HELD_OUT:], n_train), (PROMPTS[:HELD_OUT], n_test)))
-
 
 def _row(prompt, rng):
     first = second = demonstration(prompt, rng)
@@ -117,12 +111,10 @@ def _row(prompt, rng):
     return {"prompt": prompt, "response": f" {demonstration(prompt, rng)}", "chosen": f" {first}",
             "rejected": f" {second}", "bayes": bayes}
 
-
 def texts(seed=1234, n=2000):
     """True statements about the world, for the unsupervised mix."""
     rng = random.Random(seed)
     return [" ".join(rng.sample(sorted(ANSWERS[False]), 6)) for _ in range(n)]
-
 
 def tokenizer():
     """A token a word, with pad, eos and unk of their own."""
@@ -133,7 +125,6 @@ def tokenizer():
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>",
                                    unk_token="<unk>", clean_up_tokenization_spaces=False)
-
 
 def model_config(tokenizer):
     """A Llama of about a million parameters, initialised at the scale that suits its width."""
