@@ -10,16 +10,14 @@ predicts each token's return; the reward model scores whole responses.  An itera
 which samples responses and scores them, and a PPO update on it.  Shapes as in rlhf/losses.py."""
 import time
 from functools import partial
-
 import torch
-
 from rlhf import args as flags
-from rlhf import batches, data, engine, lora, models
-from rlhf.args import (count, fraction, non_negative, open_fraction, positive, positive_int,
-                       probability)
+from rlhf import batches, data, engine, models
+from rlhf.args import count, fraction, non_negative, open_fraction, positive, positive_int, share
+from rlhf.checkpoint import Checkpoints
 from rlhf.ema import EMA
 from rlhf.generate import finished, sample
-from rlhf.log import Log, count_tokens, forward_flops
+from rlhf.log import Log, say, work
 from rlhf.losses import (gae, kl_estimate, masked_mean, masked_moments, policy_loss,
                          shaped_rewards, value_loss, whiten)
 
@@ -28,19 +26,17 @@ def parse():
     add = parser.add_argument_group("models").add_argument
     add("--actor_model_name_or_path", default="output/sft", help="and reference: of step 1 [ours]")
     add("--critic_model_name_or_path", default="output/rm", help="and reward: of step 2 [ours]")
-    for name in ("reference", "reward"):
-        add(f"--{name}_zero_stage", type=int, choices=(0, 3), help="or the trained one's [DSC]")
-        add(f"--offload_{name}_model", action="store_true", help="keep on the CPU [DSC]")
+    flags.add_frozen(add, "reference")
+    flags.add_frozen(add, "reward")
     add("--enable_ema", action="store_true", help="keep and save an average of the actor [DSC]")
     add("--ema_decay", type=open_fraction, default=0.992, help="an optimizer step [DSC, constant]")
-    flags.add_data(parser)
     add = parser.add_argument_group("rollout").add_argument
     add("--per_device_generation_batch_size", type=positive_int, default=16, help="rows [DSC]")
     add("--generation_batches", type=positive_int, default=1, help="of them a rollout [DSC]")
     add("--max_prompt_seq_len", type=positive_int, default=256, help="or it is dropped [DSC]")
     add("--max_answer_seq_len", type=positive_int, default=256, help="tokens at most [DSC]")
     add("--temperature", type=positive, default=1.0, help="also of all log-probs [IGPT]")
-    add("--top_p", type=probability, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
+    add("--top_p", type=share, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
     add("--top_k", type=count, default=0, help="likeliest tokens; 0: all [ours: unbiased]")
     add("--print_answers_interval", type=count, default=50, help="iterations; 0: never [ours]")
     add = parser.add_argument_group("reward").add_argument
@@ -48,6 +44,7 @@ def parse():
     add("--kl_estimator", choices=("k1", "k2", "k3"), default="k1", help="[DSC, constant]")
     add("--clip_reward", type=positive, default=5.0, help="of the score [DSC, constant]")
     add("--missing_eos_penalty", type=non_negative, default=0.0, help="if cut [ours: DSC has none]")
+    add("--kl_stop", type=non_negative, default=0.0, help="end above it; 0: never [ours: off]")
     add("--gamma", type=fraction, default=1.0, help="discount [DSC, constant]")
     add("--lam", type=fraction, default=0.95, help="GAE's lambda [GAE]")
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
@@ -77,9 +74,9 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     prompts: a list of batches.  The experience is one batch (see models.py) with old_logp,
     ref_logp, old_values, advantages, returns (B, R) fp32 and score, kl (B,)."""
     start = time.perf_counter()
+    settings = (args.max_answer_seq_len, args.temperature, args.top_p, args.top_k)
     with engine.whole(actor) as policy:
-        batches = [sample(policy, batch, args.max_answer_seq_len, args.temperature, args.top_p,
-                          args.top_k) for batch in prompts]
+        batches = [sample(policy, batch, *settings) for batch in prompts]
     sampled = time.perf_counter()
     for batch in batches:
         batch["old_logp"] = models.policy_logprobs(actor, batch, args.temperature)          # (B, R)
@@ -98,18 +95,17 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     batch["advantages"] = advantages if args.no_whiten_advantages else whiten(advantages, mask)
     batch["returns"] = returns
     batch["kl"] = kl_estimate(logp, ref_logp).masked_fill(~mask, 0).sum(1)                  # (B,)
-
     return_mean, return_variance = masked_moments(returns, mask)
     error_variance = masked_moments(returns - values, mask)[1]
-    return batch, {
-        "score": batch["score"].mean(), "kl": batch["kl"].mean(), "kl_coef": args.kl_coef,
-        "reward": rewards.sum(1).mean(), "entropy": masked_moments(-logp, mask)[0],
-        "return_mean": return_mean, "advantage_mean": masked_moments(advantages, mask)[0],
+    score_variance = masked_moments(batch["score"], torch.ones_like(ended))[1]
+    return batch, {                       # in the order in which they depend on one another
+        "entropy": masked_moments(-logp, mask)[0], "kl": batch["kl"].mean(),
+        "kl_coef": args.kl_coef, "score": batch["score"].mean(), "score_std": score_variance.sqrt(),
+        "reward": rewards.sum(1).mean(), "return_mean": return_mean,
+        "advantage_mean": masked_moments(advantages, mask)[0],
         "explained_variance": 1 - error_variance / return_variance.clamp(min=1e-8),
         "response_length": mask.sum(1).double().mean(), "eos_rate": ended.double().mean(),
-        "tokens_total": count_tokens([batch]),
-        "flops_total": sum(forward_flops(model, batches) for model in
-                           (actor, actor, reference, critic, reward_model)),
+        **work(batches, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
         "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
 
 def ppo_update(actor, critic, experience, args, ema=None, text=None):
@@ -135,7 +131,6 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                     metrics["unsup_loss"] = unsup_loss.detach()
                 actor.backward(actor_loss)
                 metrics["actor_grad_norm"] = engine.step(actor)
-
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 mask, args.value_clip, denom)
@@ -147,28 +142,38 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                 ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
+    passes = {model: args.ppo_epochs * model.passes for model in (actor, critic)}
     return {**engine.summarise(history), "first_ratio_error_max": max(errors),
-            "flops_total": args.ppo_epochs * sum(
-                model.passes * forward_flops(model, [experience]) for model in (actor, critic)),
-            "seconds_train": time.perf_counter() - start}
+            **work([experience], passes), "seconds_train": time.perf_counter() - start}
+
+def guard(step, metrics, args):
+    """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
+    kl, ratio = metrics.get("kl", 0), metrics.get("ratio_mean", 1)
+    for wrong, reason in (
+            (metrics.get("score_std") == 0 and args.rows * engine.world_size() > 1,
+             "the reward model scores all responses alike: is it trained, and for such data?"),
+            (args.kl_stop and kl > args.kl_stop,
+             f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),
+            (ratio > 10, f"the mean ratio is {ratio:.1f}, above 10: lower --actor_lr")):
+        if wrong:
+            raise flags.InputError(f"step {step}: {reason}")
+    if metrics.get("eos_rate") == 0:
+        say(f"step {step}: no response ended: raise --max_answer_seq_len or --missing_eos_penalty")
+    return metrics
 
 def load_models(args, tokenizer, total):
     """-> actor and critic (engines with optimizers), reference and reward model (frozen)."""
-    common = (tokenizer, engine.pick_dtype(args.dtype),
-              args.max_prompt_seq_len + args.max_answer_seq_len)
+    length = args.max_prompt_seq_len + args.max_answer_seq_len
+    common = (tokenizer, engine.pick_dtype(args.dtype), length)
     policy = partial(models.load_policy, args.actor_model_name_or_path, *common)
     scalar = partial(models.load_scalar, args.critic_model_name_or_path, *common)
     actor, critic = policy(), scalar()
-    if args.unsupervised_dataset_name:
-        models.check_packing(actor, args.actor_model_name_or_path)
-    common = (args.per_device_training_batch_size,
-              total * args.ppo_epochs * args.rows // args.step_rows)
-    actor = engine.train_engine(actor, args, "actor_", *common)
-    critic = engine.train_engine(critic, args, "critic_", *common)
+    rows, steps = args.per_device_training_batch_size, args.ppo_epochs * args.rows // args.step_rows
+    actor = engine.train_engine(actor, args, "actor_", rows, total * steps)
+    critic = engine.train_engine(critic, args, "critic_", rows, total * steps)
     actor.eval(), critic.eval()             # no dropout: old and new log-probs must be comparable
-    reference = lora.WithoutAdapters(actor) if args.actor_lora_dim and args.only_optimize_lora \
-        else engine.frozen(policy(), args, "reference", args.actor_zero_stage)
-    return actor, critic, reference, engine.frozen(scalar(), args, "reward", args.critic_zero_stage)
+    return actor, critic, engine.reference(actor, policy, args, "actor_"), \
+        engine.frozen(scalar(), args, "reward", args.critic_zero_stage)
 
 def main():
     args = parse()
@@ -176,6 +181,7 @@ def main():
     flags.check_made(start, "train_sft.py", "--actor_model_name_or_path")
     flags.check_made(scores, "train_rm.py", "--critic_model_name_or_path")
     engine.init(args)
+    saved = Checkpoints(args)
 
     tokenizer = models.load_tokenizer(start, args)
     models.check_same_vocabulary(start, tokenizer, scores)
@@ -183,29 +189,33 @@ def main():
     to_batch = partial(batches.collate, tokenizer, responses=())
     cut, _, total = batches.plan(args, train, "per_device_generation_batch_size",
                                  args.generation_batches)
-    text = batches.text_stream(args, tokenizer)
+    updates = args.ppo_epochs * args.rows // args.per_device_training_batch_size
+    text = batches.text_stream(args, tokenizer, saved.step * updates)
 
     actor, critic, reference, reward_model = load_models(args, tokenizer, total)
     ema = EMA(actor.module, args.ema_decay) if args.enable_ema else None
-
-    log = Log(args, total, ("score", "kl", "response_length", "eos_rate", "ratio_max", "clip_frac",
-                            "value_loss", "explained_variance", "seconds"), actor)
-    for step, prompts in batches.optimizer_steps(train, to_batch, *cut, args.seed, total):
+    saved.restore({"actor": actor, "critic": critic}, ema)
+    shown = "score kl response_length eos_rate ratio_max clip_frac explained_variance seconds"
+    log = Log(args, total, shown.split(), actor, saved.step)
+    for step, prompts in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
+                                                 done=saved.step):
         lrs = {"actor_lr": actor.get_lr()[0], "critic_lr": critic.get_lr()[0]}
         experience, sampled = rollout(actor, reference, critic, reward_model, prompts, tokenizer,
                                       args)
+        sampled = guard(step, engine.reduce_metrics(sampled, step), args)
         updated = ppo_update(actor, critic, experience, args, ema, text)
-        updated["flops_total"] += sampled["flops_total"]
-        log.step(step, {**engine.reduce_metrics({**sampled, **updated}), **lrs})
+        updated = guard(step, engine.reduce_metrics(updated, step, args), args)
+        sampled["flops_total"] += updated["flops_total"]
+        log.step(step, {**updated, **sampled, **lrs})
         if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
             log.samples(step, tokenizer, experience)
+        saved.keep(step)
 
     engine.save(actor, tokenizer, f"{args.output_dir}/actor")
     engine.save(critic, tokenizer, f"{args.output_dir}/critic")
     if ema is not None:
         with ema.swapped_in():
             engine.save(actor, tokenizer, f"{args.output_dir}/actor_ema")
-    log.close()
 
 if __name__ == "__main__":
     flags.run(main)

@@ -2,24 +2,21 @@
 
     python train_sft.py                                      # the embedded world, one process
     deepspeed --num_gpus 8 train_sft.py --model_name_or_path facebook/opt-1.3b \\
-        --data_path Dahoas/rm-static --learning_rate 9.65e-6 --num_train_epochs 16 --zero_stage 2
-"""
+        --data_path Dahoas/rm-static --learning_rate 9.65e-6 --num_train_epochs 16 --zero_stage 2"""
 from functools import partial
-
 from rlhf import args as flags
 from rlhf import batches, data, engine, models
+from rlhf.checkpoint import Checkpoints
 from rlhf.evaluate import perplexity
-from rlhf.log import Log, count_tokens, forward_flops
+from rlhf.log import Log, work
 from rlhf.losses import masked_mean
 
 def parse():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--train_on_prompt", action="store_true",
-                        help="prompts too, as DeepSpeed-Chat does [ours: responses only]")
-    parser.add_argument("--packing", action="store_true", help="rows share sequences [ours: off]")
-    flags.add_data(parser)
-    parser.add_argument("--sft_only_data_path", nargs="*", default=[],
-                        help="data sets without pairs, used whole by step 1 [DSC]")
+    add = parser.add_argument_group("SFT").add_argument
+    add("--train_on_prompt", action="store_true", help="as DSC does [ours: responses only]")
+    add("--packing", action="store_true", help="rows share sequences [ours: off]")
+    add("--sft_only_data_path", nargs="*", default=[], help="without pairs, used whole [DSC]")
     flags.add_training(parser, learning_rate=1e-3)
     flags.add_run(parser, "output/sft")
     args = parser.parse_args()
@@ -36,12 +33,12 @@ def train_step(policy, micro_batches):
         loss = -masked_mean(models.policy_logprobs(policy, batch), batch["mask"], denom)
         policy.backward(loss)
         history.append({"loss": loss.detach(), "grad_norm": engine.step(policy)})
-    return {**engine.summarise(history), "tokens_total": count_tokens(micro_batches),
-            "flops_total": policy.passes * forward_flops(policy, micro_batches)}
+    return {**engine.summarise(history), **work(micro_batches, {policy: policy.passes})}
 
 def main():
     args = parse()
     engine.init(args)
+    saved = Checkpoints(args)
 
     tokenizer = models.load_tokenizer(args.model_name_or_path, args)
     train, held_out = data.load(args, tokenizer, 1)
@@ -53,23 +50,23 @@ def main():
 
     policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
                                 args.max_seq_len)
-    if args.packing:
-        models.check_packing(policy, args.model_name_or_path)
     policy = engine.train_engine(policy, args, "", cut[0], total)
 
-    log = Log(args, total, ("loss", "grad_norm", "lr", "tokens_per_second"), policy)
+    saved.restore({"policy": policy})
+    log = Log(args, total, "loss grad_norm lr tokens_per_second".split(), policy, saved.step)
     evaluation = lambda: {"eval_perplexity": perplexity(
         policy, held_out, to_eval_batch, args.per_device_eval_batch_size)}
-    log.evaluation(0, evaluation())
+    if not saved.step:
+        log.evaluation(0, evaluation())
     for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
-                                                       args.group_by_length):
+                                                       args.group_by_length, saved.step):
         lr, metrics = policy.get_lr()[0], train_step(policy, micro_batches)
-        log.step(step, {**engine.reduce_metrics(metrics), "lr": lr})
+        log.step(step, {**engine.reduce_metrics(metrics, step, args), "lr": lr})
         if step % (args.eval_interval or epoch) == 0 or step == total:
             log.evaluation(step, evaluation())
+        saved.keep(step)
 
     engine.save(policy, tokenizer, args.output_dir)
-    log.close()
 
 if __name__ == "__main__":
     flags.run(main)

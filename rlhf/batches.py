@@ -1,42 +1,40 @@
 """Rows of ids -> padded or packed batches -> optimizer steps, the same on any number of ranks."""
-import bisect
-import os
+import bisect, os
 from functools import partial
-
 import torch
 from datasets import load_from_disk
 from torch.nn.utils.rnn import pad_sequence
-
 from rlhf import cache, engine, files, render
 from rlhf.args import InputError
 
-def plan(args, units, flag="per_device_train_batch_size", accumulation=None,
-         what="training rows (or packs)"):
+def plan(args, units, flag="per_device_train_batch_size", accumulation=None):
     """-> (rows of a micro-batch, micro-batches of a step), optimizer steps of an epoch, of the run.
     InputError when the units do not fill a single step."""
     cut = (getattr(args, flag), accumulation or args.gradient_accumulation_steps)
     span = cut[0] * cut[1] * engine.world_size()
     if len(units) < span:
-        raise InputError(f"{len(units)} {what} do not fill one step of {span} (batch x "
-                         f"accumulation x ranks): lower --{flag} or add data")
+        raise InputError(f"{len(units)} training rows (or packs) do not fill one step of {span} "
+                         f"(batch x accumulation x ranks): lower --{flag} or add data")
     return cut, len(units) // span, args.max_steps or len(units) // span * args.num_train_epochs
 
-def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_length=False):
-    """Yields (step, list of micro-batches) for step 1..total; a unit is a row, or a pack of rows.
-    Over the ranks a step covers the same units however it is cut.  Every epoch has its own order
-    and leaves out another tail, that fills no step.  With by_length a step's rows, sorted within
-    stretches of 50 steps, are alike in length; the steps then go in random order."""
+def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_length=False,
+                    done=0):
+    """Yields (step, list of micro-batches) for step done+1..total; a unit is a row or a pack.  Over
+    the ranks a step covers the same units however it is cut.  Every epoch has its own order and
+    leaves out another tail.  by_length: rows are sorted within stretches of 50 steps, and the
+    steps shuffled."""
     world = engine.world_size()
-    span, step = batch_size * accumulation * world, 0
+    span, step = batch_size * accumulation * world, done
     lengths = torch.as_tensor(cache.column(units, "length")) if by_length else None
     while step < total:
-        shuffle = torch.Generator().manual_seed(seed + step // (len(units) // span))
+        epoch, begun = divmod(step, len(units) // span)
+        shuffle = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(len(units), generator=shuffle)[:len(units) // span * span]
         if by_length:
             stretches = [part[lengths[part].argsort()] for part in order.split(50 * span)]
             order = torch.cat(stretches).view(-1, span)
             order = order[torch.randperm(len(order), generator=shuffle)].flatten()
-        for whole in order.split(span)[:total - step]:
+        for whole in order.split(span)[begun:begun + total - step]:
             step += 1
             yield step, [collate([units[j] for j in part.tolist()])
                          for part in whole[engine.rank()::world].split(batch_size)]
@@ -55,6 +53,9 @@ def collate(tokenizer, rows, responses=("chosen",)):
     if responses:
         texts = [row[name] for name in responses for row in rows]
         batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))
+    if "ref_logp" in rows[0]:                                  # train_dpo.py --precompute_ref_logp
+        pairs = torch.tensor([row["ref_logp"] for row in rows], device=engine.device())
+        batch["ref_logp"] = pairs.T.flatten()                                               # (2B,)
     return batch
 
 def pad(sequences, fill, side="right"):
@@ -67,42 +68,36 @@ class Packs:
     """Rows -> lists of rows that fit into `room` tokens: longest first, where the least remains."""
     def __init__(self, rows, room):
         lengths, self.rows, self.packs = cache.column(rows, "length"), rows, []
-        free, shortest = [], lengths.min(initial=room)           # free: sorted (room left, pack)
+        free = []                                                   # sorted: (room left, pack)
         for number in (-lengths).argsort(kind="stable").tolist():
             at = bisect.bisect_left(free, (lengths[number], -1))
             left, pack = free.pop(at) if at < len(free) else (room, len(self.packs))
             if pack == len(self.packs):
                 self.packs.append([])
             self.packs[pack].append(number)
-            if left - lengths[number] >= shortest:
-                bisect.insort(free, (left - lengths[number], pack))
-
-    def __len__(self):
-        return len(self.packs)
-
-    def __getitem__(self, index):
-        return [self.rows[i] for i in self.packs[index]]
+            bisect.insort(free, (left - lengths[number], pack))
+    __len__ = lambda self: len(self.packs)
+    __getitem__ = lambda self, index: [self.rows[i] for i in self.packs[index]]
 
 def collate_packs(tokenizer, packs):
-    """Lists of rows -> a batch whose every row is one list, end to end.
-    Its prompt is its first token.  Position ids restart with each sequence, which keeps attention
-    inside it (models.policy_logprobs); `mask` covers the responses, prompt_mask (B, T) all else."""
+    """Lists of rows -> a batch whose every row is one list, end to end, its prompt the first token.
+    Position ids restart with each sequence, which keeps attention inside it (policy_logprobs);
+    `mask` covers the responses, prompt_mask (B, T) all else."""
     ids, seen = pad([[i for row in rows for i in row["prompt"] + row["chosen"]] for rows in packs],
                     tokenizer.pad_token_id)                                             # (B, T)
     trained, positions = torch.zeros_like(seen), torch.zeros_like(ids)
     for number, rows in enumerate(packs):
-        start = 0
+        end = 0
         for row in rows:
-            end = start + len(row["prompt"]) + len(row["chosen"])
+            start, end = end, end + len(row["prompt"]) + len(row["chosen"])
             positions[number, start:end] = torch.arange(end - start)
             trained[number, start + len(row["prompt"]):end] = True
-            start = end
     return {"prompt_ids": ids[:, :1], "response_ids": ids[:, 1:], "mask": trained[:, 1:],
             "prompt_mask": seen & ~trained, "position_ids": positions}
 
-def text_stream(args, tokenizer):
-    """Endless packed batches of plain text for the unsupervised loss, if a data set is named.
-    A text ends with eos; a long one is cut.  Its first token is its prompt."""
+def text_stream(args, tokenizer, done=0):
+    """Endless packed batches of plain text for the unsupervised loss, if a data set is named, after
+    the first `done`.  A text ends with eos; a long one is cut.  Its first token is its prompt."""
     name, length = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
     if name is None:
         return None
@@ -110,8 +105,9 @@ def text_stream(args, tokenizer):
     build = partial(_build_texts, path, length, args, tokenizer)
     identity = [cache.fingerprint(path), length, args.seed]
     packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
-    cut, *_ = plan(args, packs, "per_device_training_batch_size", 1, f"packs of text from {path}")
-    steps = optimizer_steps(packs, partial(collate_packs, tokenizer), *cut, args.seed, 1 << 62)
+    cut, *_ = plan(args, packs, "per_device_training_batch_size", 1)
+    steps = optimizer_steps(packs, partial(collate_packs, tokenizer), *cut, args.seed, 1 << 62,
+                            done=done)
     return (micro_batch for _, [micro_batch] in steps)
 
 def _build_texts(path, length, args, tokenizer, folder):
@@ -120,8 +116,8 @@ def _build_texts(path, length, args, tokenizer, folder):
         cut = [text[i:i + length] for text in ids for i in range(0, len(text) - 1, length)]
         return {"prompt": [block[:1] for block in cut], "chosen": [block[1:] for block in cut],
                 "length": [len(block) for block in cut]}
-    texts = cache.collect(files.texts(path, args.seed), os.path.join(folder, "work"), text="string")
+    texts = cache.collect(files.texts(path, args.seed), os.path.dirname(folder), text="string")
     if not texts:
         raise InputError(f"{path}: there is no text in it")
-    kinds = {"prompt": "ids", "chosen": "ids", "length": "int32"}
+    kinds = dict(prompt="ids", chosen="ids", length="int32")
     cache.tokenised(texts, blocks, args, **kinds).save_to_disk(folder)

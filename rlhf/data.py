@@ -3,17 +3,13 @@
     python -m rlhf.data --data_path Dahoas/rm-static --phase 2 --tokenizer facebook/opt-350m
 
 prints what training would see.  To add a data set, add a row to DATASETS."""
-import hashlib
-import os
-import re
+import hashlib, os, re
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
-
 import numpy as np
 from datasets import DatasetDict, concatenate_datasets, load_from_disk
-
 from rlhf import args as flags
 from rlhf import cache, engine, files, models, render
 from rlhf.args import InputError, split_shares
@@ -21,12 +17,12 @@ from rlhf.log import say
 
 class Layout(NamedTuple):
     """How a row's columns, each a text or a list of messages, become text; "{a[b][0]}" goes into
-    one.  No prompt: it is what comes before the last answer."""
-    prompt: str | None
+    one.  fix: a row -> a better one, or why to drop it."""
+    prompt: str | None                 # None: what comes before the last answer
     chosen: str | None = None          # the better response, or the only one
     rejected: str | None = None
     response: str | None = None        # what step 1 learns, where that is not `chosen`
-    fix: Callable | None = None        # a row -> a better row, or the reason to drop it
+    fix: Callable | None = None
 
 def _alpaca(row):
     about = row.get("input", row.get("context"))
@@ -94,27 +90,27 @@ def layout_of(path, row, where):
             return layout
     needs = lambda layout: {*re.findall(r"{(\w+)", "".join(filter(None, layout[:4])))}
     known = [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]
-    if not known:
-        raise InputError(f"{where}: no layout fits columns {', '.join(row)}: rename them to prompt "
-                         f"and response, or prompt, chosen and rejected")
-    return max(known, key=lambda layout: len(needs(layout)))
+    if known:
+        return max(known, key=lambda layout: len(needs(layout)))
+    raise InputError(f"{where}: no layout fits columns {', '.join(row)}: rename them to prompt and "
+                     f"response, or prompt, chosen and rejected")
 
 def load(args, tokenizer, phase, max_prompt=None):
     """One phase's rows of all --data_path -> training rows, held-out rows: Datasets with COLUMNS.
-    Without prompts of more than max_prompt tokens.  InputError for what cannot be read or used."""
+    Prompts over max_prompt tokens are cut, in phase 3 left out.  InputError for unusable data."""
+    given = {"sft_only_data_path": [], "max_seq_len": 1 << 30, "train_on_prompt": 0} | vars(args)
     shares = np.cumsum([0.0, *split_shares(args.data_split)])[phase - 1:phase + 1].tolist()
-    whole = getattr(args, "sft_only_data_path", []) if phase == 1 else []
-    sources = [(path, shares) for path in args.data_path] + [(path, [0.0, 1.0]) for path in whole]
-    length = 1 << 30 if phase == 3 else getattr(args, "max_seq_len", 1 << 30)
-    settings = {"max_seq_len": length, "max_prompt": max_prompt,
-                "train_on_prompt": getattr(args, "train_on_prompt", False)}
+    sources = [(path, shares) for path in args.data_path]
+    sources += [(path, [0.0, 1.0]) for path in given["sft_only_data_path"] if phase == 1]
+    settings = {"max_seq_len": given["max_seq_len"] if phase < 3 else 1 << 30,
+                "max_prompt": max_prompt, "train_on_prompt": given["train_on_prompt"]}
     parts = []
     for name, share in sources:
         path = name if os.path.exists(name) else ALIASES.get(name, name)
         identity = [name, cache.fingerprint(path), share, phase, args.seed, args.eval_fraction,
                     args.dedup_prompts, settings]
-        build = partial(_build, name, path, share, phase, args, tokenizer, settings)
-        folder = cache.cached(args, tokenizer, identity, build)
+        folder = cache.cached(args, tokenizer, identity, partial(
+            _build, name, path, share, phase, args, tokenizer, settings))
         say(Path(folder, "report.txt").read_text())
         parts.append(load_from_disk(folder))
     train, held_out = (concatenate_datasets([part[split] for part in parts])
@@ -135,7 +131,7 @@ def load(args, tokenizer, phase, max_prompt=None):
 def _build(name, path, share, phase, args, tokenizer, settings, folder):
     """Render and tokenise one phase of a data set into `folder`, row by row from a stream."""
     report, saved = [], {}
-    streams, work = files.read(path, args.seed), os.path.join(folder, "work")
+    streams, work = files.read(path, args.seed), os.path.dirname(folder)
     train, held_out = (_texts(rows, name, phase, args, tokenizer, os.path.join(work, str(part)))
                        for part, rows in enumerate(streams))
     if not train:
@@ -167,16 +163,14 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
     Path(folder, "report.txt").write_text("\n".join(report))
 
 def _texts(stream, name, phase, args, tokenizer, cache_dir):
-    """A stream of raw rows -> Dataset of texts, hashes, why to drop a row.  All rows are rendered:
-    a bad one stops every step, not just its own."""
+    """A stream of raw rows -> Dataset of texts, hashes, why to drop a row; a bad one ends it."""
     layouts = {}
     def number(*texts):
         digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big", signed=True) or 1
     def rows():
         for row, where in stream:
-            columns = tuple(row)
-            if columns not in layouts:
+            if (columns := tuple(row)) not in layouts:
                 layouts[columns] = layout_of(name, row, where)
             reason, prompt, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
             if files.half_surrogate("".join((prompt, *texts))):
@@ -198,7 +192,6 @@ def inspect_data():
     add("--max_prompt_seq_len", type=flags.positive_int, default=256, help="of step 3 [DSC]")
     add("--sft_only_data_path", nargs="*", default=[], help="step 1's [DSC]")
     add("--train_on_prompt", action="store_true", help="step 1's [ours]")
-    flags.add_data(parser)
     flags.add_run(parser, None)
     args = parser.parse_args()
     engine.quieten(args.log_level)
@@ -212,9 +205,8 @@ def inspect_data():
         print(f"{name:>8}" + "".join(f"{value:8.0f}" for value in shown))
     print(f"cut off: {np.mean(rows['cut']):.1%} of rows")
     for row in rows.select(range(min(3, len(rows)))):
-        print(f"\n{tokenizer.decode(row['prompt'])}")
-        for name in names[1:]:
-            print(f"[{name}, trained] >>>{tokenizer.decode(row[name])}<<<")
+        print("\n" + tokenizer.decode(row["prompt"]), *(
+            f"[{n}, trained] >>>{tokenizer.decode(row[n])}<<<" for n in names[1:]), sep="\n")
 
 if __name__ == "__main__":
     flags.run(inspect_data)

@@ -6,26 +6,19 @@ local = lambda parameter: getattr(parameter, "ds_tensor", parameter).detach()   
 class EMA:
     """An fp32 shadow of this rank's trained parameters (under ZeRO-3 its shard)."""
     # differs: DeepSpeed-Chat's is in the model's dtype, every micro-batch, and lost under ZeRO-3
-
     def __init__(self, module, decay=0.992):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.decay, self.shadow = decay, [local(p).float().clone() for p in self.parameters]
-
     def update(self):
         """Once an optimizer step: shadow <- decay * shadow + (1 - decay) * parameter."""
         for shadow, parameter in zip(self.shadow, self.parameters):
             shadow.lerp_(local(parameter).float(), 1 - self.decay)
-
     @contextlib.contextmanager
     def swapped_in(self):
         """The module's weights are the average inside, and exactly the trained ones again after."""
-        trained = [local(p).clone() for p in self.parameters]
+        here, trained = [*map(local, self.parameters)], [local(p).clone() for p in self.parameters]
         try:
-            self._write(self.shadow)
+            [weight.copy_(average) for weight, average in zip(here, self.shadow)]
             yield
         finally:
-            self._write(trained)
-
-    def _write(self, values):
-        for parameter, value in zip(self.parameters, values):
-            local(parameter).copy_(value)
+            [weight.copy_(before) for weight, before in zip(here, trained)]

@@ -1,18 +1,8 @@
 """DeepSpeed's engines, one global mean an optimizer step, and collectives that work just as well in
 a process that no launcher started.  The only module that imports deepspeed."""
-import atexit
-import contextlib
-import datetime
-import io
-import json
-import logging
-import os
-import shutil
-import sys
-import warnings
+import atexit, contextlib, datetime, io, json, logging, os, sys, warnings
 from collections import defaultdict
 from functools import partial
-
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
@@ -22,11 +12,20 @@ import torch.distributed as dist
 import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
-
 from rlhf import lora, models
-from rlhf.args import InputError, check_writable, opened
+from rlhf.args import InputError, check_writable, opened, writing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODELS = {"score": "reward model", "kl": "reference", "value": "critic", "return": "critic"}
+rank = lambda: dist.get_rank() if dist.is_initialized() else 0
+world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
+device = lambda: torch.device("cuda", torch.cuda.current_device()) \
+    if torch.cuda.is_available() else torch.device("cpu")
+anywhere = lambda fact: bool(gather(torch.tensor(float(fact), device=device())).any())
+# Per-row values of all ranks' eval_batches -> (total, ...) in the data set's order.
+gather_rows = lambda values, total: gather(values).transpose(0, 1).flatten(0, 1)[:total]
+hushed = lambda args: contextlib.redirect_stdout(             # where DeepSpeed's own print calls go
+    io.StringIO() if args.log_level == "error" else sys.stdout)
 
 def init(args):
     """Join the other processes, if any; seed everything, quieten the libraries."""
@@ -35,8 +34,8 @@ def init(args):
     if "RANK" not in os.environ:                              # python train_X.py
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
-    if os.environ["WORLD_SIZE"] == "1" or not shutil.which(os.environ.get("CXX", "c++")):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # it would be compiled
+    # It would be compiled; a run that is killed meanwhile leaves a lock on which all others hang.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:                                                      # torchrun's names, and DeepSpeed's
@@ -60,9 +59,6 @@ def quieten(level):
         transformers.utils.logging.disable_progress_bar()
     for name in ("DeepSpeed", "torch.distributed", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(level.upper())
-
-hushed = lambda args: contextlib.redirect_stdout(             # where DeepSpeed's own print calls go
-    io.StringIO() if args.log_level == "error" else sys.stdout)
 
 def pick_dtype(name):
     """--dtype -> torch dtype."""
@@ -99,10 +95,10 @@ def train_engine(model, args, name, micro_batch, total_steps):
                       for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
                                           total_steps)
-    config = {"train_micro_batch_size_per_gpu": micro_batch,
+    config = {"train_micro_batch_size_per_gpu": micro_batch, "steps_per_print": 1 << 31,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
               "train_batch_size": micro_batch * args.gradient_accumulation_steps * world_size(),
-              "gradient_clipping": args.max_grad_norm, "steps_per_print": 1 << 31,
+              "gradient_clipping": args.max_grad_norm,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"},
               **_memory(dtype, stage, args.offload)}
@@ -131,14 +127,12 @@ def _merge(config, given, path, where=""):
         if isinstance(ours, dict) and isinstance(value, dict):
             _merge(ours, value, path, f"{where}{key}.")
         elif value != ours:
-            raise InputError(f"{path}: {where}{key} is {value}, but the flags make it {ours}: "
-                             f"change one of them")
+            raise InputError(f"{path}: {where}{key} is {value}, but flags say {ours}: change one")
 
 def frozen(model, args=None, name=None, stage=0):
     """A model that is only read: reference, reward model.  Sharded at --<name>_zero_stage 3 (or, if
     not given, `stage`) and with --offload_<name>_model."""
-    own, offload = (getattr(args, flag.format(name), None)
-                    for flag in ("{}_zero_stage", "offload_{}_model"))
+    own, offload = (getattr(args, f, None) for f in (f"{name}_zero_stage", f"offload_{name}_model"))
     model.eval().requires_grad_(False)
     if (stage if own is None else own) < 3 and not offload:
         return model.to(device())
@@ -146,12 +140,18 @@ def frozen(model, args=None, name=None, stage=0):
     with hushed(args):
         return deepspeed.initialize(model=model, config=config)[0]
 
+def reference(trained, load, args, name):
+    """The policy as it was before training: its adapters off, or a frozen copy, from load()."""
+    if getattr(args, f"{name}lora_dim") and args.only_optimize_lora:
+        return lora.WithoutAdapters(trained)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)              # a fresh model, or row, as the policy got it
+        return frozen(load(), args, "reference", getattr(args, f"{name}zero_stage"))
+
 def global_denom(masks):
-    """What the sums of each micro-batch of a step are divided by: (valid tokens of all `masks` on
-    all ranks) / (micro-batches x ranks).  DeepSpeed averages gradients over these two, so that the
-    step follows the mean over all tokens."""
-    tokens = torch.stack([mask.sum() for mask in masks]).sum().float()
-    return all_sum(tokens) / (len(masks) * world_size())
+    """What each micro-batch's sums are divided by: (valid tokens of all `masks` on all ranks) /
+    (micro-batches x ranks).  DeepSpeed averages gradients over these two: one mean over tokens."""
+    return gather(sum(mask.sum() for mask in masks).float()).sum() / (len(masks) * world_size())
 
 def step(engine):
     """engine.step() -> the gradient's norm before clipping; None where it only accumulates."""
@@ -165,7 +165,7 @@ def step(engine):
 
 @contextlib.contextmanager
 def whole(engine):
-    """The engine's plain module with all parameters in place, gathered once under ZeRO-3."""
+    """The engine's plain module with all parameters in place: ZeRO-3 gathers them once."""
     if engine.zero_optimization_stage() < 3:
         return (yield engine.module)
     offload = engine.optimizer.parameter_offload
@@ -182,18 +182,8 @@ def save(engine, tokenizer, path):
     """Save an engine's model in the Hugging Face layout; rank 0 writes."""
     weights = engine._zero3_consolidated_16bit_state_dict() \
         if engine.zero_optimization_stage() == 3 else None
-    on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights))
-
-rank = lambda: dist.get_rank() if dist.is_initialized() else 0
-world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
-device = lambda: torch.device("cuda", torch.cuda.current_device()) \
-    if torch.cuda.is_available() else torch.device("cpu")
-
-def all_sum(tensor):
-    """Sum over ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+    with writing(f"the model to {path}"):
+        on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights))
 
 def gather(tensor):
     """One tensor of the same shape from every rank -> (ranks, ...)."""
@@ -201,10 +191,6 @@ def gather(tensor):
     if dist.is_initialized():
         dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
-
-def gather_rows(values, total):
-    """Per-row values of all ranks' eval_batches -> (total, ...) in the data set's order."""
-    return gather(values).transpose(0, 1).flatten(0, 1)[:total]
 
 def _by_name(columns, total=torch.mean):
     """{name: (N,)} -> {name: scalar}: the max, min, total of names that end so, else the mean."""
@@ -217,10 +203,18 @@ def summarise(history):
     return _by_name({name: torch.stack([torch.as_tensor(metrics[name]) for metrics in history
                                         if metrics[name] is not None]) for name in history[0]})
 
-def reduce_metrics(metrics):
-    """This rank's {name: scalar} -> all ranks'."""
+def reduce_metrics(metrics, step=0, args=None):
+    """This rank's {name: scalar} -> all ranks'.  InputError, on all of them, if one is not finite;
+    but fp16 gradients may overflow: DeepSpeed skips such a step and lowers its loss scale."""
     values = [torch.as_tensor(v, dtype=torch.float64, device=device()) for v in metrics.values()]
-    everyone = gather(torch.stack(values).detach()).unbind(1)                # a (ranks,) each name
+    everyone = gather(torch.stack(values).detach()).T.cpu()                       # (names, ranks)
+    for name, of_ranks in zip(metrics, everyone):
+        if not of_ranks.isfinite().all() and not (name.endswith("grad_norm")
+                                                  and args and args.dtype == "fp16"):
+            bad = int((~of_ranks.isfinite()).nonzero()[0])
+            whose = next((model for part, model in MODELS.items() if part in name), "trained model")
+            raise InputError(f"step {step}, rank {bad}: {name} of the {whose} is {of_ranks[bad]}: "
+                             f"lower its learning rate or look at it and at this step's rows")
     return {name: value.item()
             for name, value in _by_name(dict(zip(metrics, everyone)), torch.sum).items()}
 
@@ -232,5 +226,5 @@ def on_rank_zero(function, every_node=False):
             function()
     except Exception as caught:                      # raised below, when the others have heard
         error = caught
-    if all_sum(torch.tensor(float(error is not None), device=device())):
+    if anywhere(error is not None):
         raise error or InputError("another rank stopped")

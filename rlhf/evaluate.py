@@ -6,24 +6,21 @@
 The first model is the baseline of win rates, KL, best-of-n.  The toy world knows a true reward."""
 import math
 from functools import partial
-from pathlib import Path
-
 import torch
-
 from rlhf import args as flags
 from rlhf import batches, data, engine, models, toy
 from rlhf.generate import finished, sample
-from rlhf.log import write_json
+from rlhf.log import write_json, write_text
 
 COLUMNS = {"score": "score", "win_rate": "win rate", "kl": "KL", "response_length": "length",
-           "eos_rate": "eos", "perplexity": "ppl", "true_reward": "true reward",
-           "helpful": "helpful", "harmless": "harmless", "polite": "polite"}
+           "eos_rate": "eos", "perplexity": "ppl", "true_reward": "true reward", **{
+               name: name for name in ("helpful", "harmless", "polite")}}
 
 def parse():
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("evaluation").add_argument
     add("--models", nargs="+", default=["sft=output/sft", "ppo=output/ppo/actor"],
-        metavar="NAME=PATH", help="baseline first [ours: what the scripts leave]")
+        help="NAME=PATH, the baseline first [ours: what the scripts leave]")
     add("--reward_model", default="output/rm", help="scores responses [ours: step 2's output]")
     add("--num_prompts", type=flags.at_least_2, default=512, help="[ours: mean score to 0.1]")
     add("--best_of", type=flags.positive_int, nargs="*", default=[], help="n samples, too [ours]")
@@ -32,7 +29,6 @@ def parse():
     add("--max_answer_seq_len", type=flags.positive_int, default=256, help="tokens at most [DSC]")
     add("--temperature", type=flags.positive, default=1.0, help="of samples and KL [IGPT]")
     add("--side_by_side", type=flags.count, default=3, help="prompts to show in full [ours]")
-    flags.add_data(parser)
     flags.add_run(parser, "output/evaluation")
     return parser.parse_args()
 
@@ -50,16 +46,20 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
     collate = partial(batches.collate, tokenizer, responses=())
     for batch in batches.eval_batches(prompts, collate, args.batch_size):
         batch = sample(policy, batch, args.max_answer_seq_len, args.temperature)
-        log_ratio = torch.zeros(batch["mask"].shape) if policy is baseline else \
-            models.policy_logprobs(policy, batch, args.temperature) \
-            - models.policy_logprobs(baseline, batch, args.temperature)
-        parts.append({"score": models.sequence_scores(reward_model, batch).cpu(),
-                      "kl": log_ratio.cpu().masked_fill(~batch["mask"].cpu(), 0).sum(1),
+        parts.append({"score": models.sequence_scores(reward_model, batch),
+                      "kl": log_ratios(policy, baseline, batch, args.temperature).sum(1),
                       "length": batch["mask"].sum(1),
                       "ended": finished(batch, tokenizer.eos_token_id)})
         texts += [tokenizer.decode(ids[mask], skip_special_tokens=True)
                   for ids, mask in zip(batch["response_ids"], batch["mask"])]
-    return {**{name: torch.cat([p[name] for p in parts]) for name in parts[0]}, "text": texts}
+    return {**{name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}, "text": texts}
+
+def log_ratios(policy, reference, batch, temperature=1.0):
+    """log(pi / pi_ref) of response tokens -> (B, R); summed over a policy's samples, their KL."""
+    difference = torch.zeros_like(batch["mask"], dtype=torch.float) if policy is reference else \
+        models.policy_logprobs(policy, batch, temperature) \
+        - models.policy_logprobs(reference, batch, temperature)
+    return difference.masked_fill(~batch["mask"], 0)
 
 @torch.no_grad()
 def perplexity(policy, rows, collate, batch_size):
@@ -70,6 +70,25 @@ def perplexity(policy, rows, collate, batch_size):
         sums.append(torch.stack([logp.sum(1), batch["mask"].sum(1)], 1))            # (B, 2)
     logp, tokens = engine.gather_rows(torch.cat(sums), len(rows)).double().sum(0).tolist()
     return math.exp(min(-logp / tokens, 700))
+
+@torch.no_grad()
+def score_pairs(score, rows, collate, batch_size):
+    """score: a batch of chosen, then rejected responses -> (2B,).  Of all rows -> (N, 2)."""
+    pairs = [torch.stack(score(batch).chunk(2), 1)
+             for batch in batches.eval_batches(rows, collate, batch_size)]
+    return engine.gather_rows(torch.cat(pairs), len(rows))
+
+def pair_statistics(chosen, rejected, name):
+    """Scores or rewards (say which) of pairs, (N,) each -> accuracy, margin and their means."""
+    return {"accuracy": (chosen > rejected).double().mean(), "margin": (chosen - rejected).mean(),
+            f"chosen_{name}": chosen.mean(), f"rejected_{name}": rejected.mean()}
+
+def preferences(score, rows, collate, batch_size, name):
+    """pair_statistics of held-out pairs and, where it is known, the best accuracy possible."""
+    found = pair_statistics(*score_pairs(score, rows, collate, batch_size).unbind(1), name)
+    if "bayes" in rows.column_names and None not in rows["bayes"]:
+        found["accuracy_ceiling"] = sum(max(p, 1 - p) for p in rows["bayes"]) / len(rows)
+    return {f"eval_{name}": float(value) for name, value in found.items()}
 
 def truth(prompts, responses):
     """The toy world's judgement.  Helpful is the share of the benign requests."""
@@ -98,9 +117,7 @@ def main():
     if len(paths) < len(args.models):
         raise flags.InputError("--models: two models have the same name")
     flags.check_made(args.reward_model, "train_rm.py", "--reward_model")
-    flags.check_made(args.reward_model, "train_rm.py", "--reward_model")
-    for path in paths.values():
-        flags.check_made(path, "the script that trains it", "--models")
+    [flags.check_made(path, "the script that trains it", "--models") for path in paths.values()]
     first, start = next(iter(paths.items()))                # the baseline
     tokenizer = models.load_tokenizer(start, args)
     for path in [*paths.values(), args.reward_model]:
@@ -112,11 +129,9 @@ def main():
     prompts = [{**row, "chosen": row["chosen"][:args.max_answer_seq_len]} for row in held_out
                if len(row["prompt"]) <= args.max_prompt_seq_len][:args.num_prompts]
     if len(prompts) < 2:
-        raise flags.InputError(f"{len(prompts)} held-out prompts have at most "
-                               f"{args.max_prompt_seq_len} tokens: raise --max_prompt_seq_len")
+        raise flags.InputError(f"only {len(prompts)} held-out prompts fit --max_prompt_seq_len")
     texts = [tokenizer.decode(row["prompt"], skip_special_tokens=True) for row in prompts]
     known = partial(truth, texts) if args.data_path == ["toy"] else lambda responses: {}
-
     collate, rows, answers = partial(batches.collate, tokenizer), {}, {}
     for name, path in paths.items():
         policy = baseline if name == first else load(path)
@@ -137,13 +152,12 @@ def main():
             said = [drawn["text"][i * scores.shape[1] + j] for i, j in enumerate(index.tolist())]
             kl = math.log(n) - (n - 1) / n    # Gao et al. 2022 (arXiv:2210.10760)
             rows[f"{first}, best of {n}"] = {**mean_ci("score", best), "kl": kl, **known(said)}
-
     page = table(rows) + "\n"
     for i, text in enumerate(texts[:args.side_by_side]):
         page += f"\n**{text.strip()}**\n\n" + "".join(
             f"- {n} ({a['score'][i]:.2f}): {a['text'][i].strip()}\n" for n, a in answers.items())
     write_json(f"{args.output_dir}/evaluation.json", {"args": vars(args), "models": rows})
-    Path(args.output_dir, "evaluation.md").write_text(page)
+    write_text(f"{args.output_dir}/evaluation.md", page)
     print(page, end="")
 
 if __name__ == "__main__":

@@ -1,15 +1,8 @@
-"""Raw rows from wherever they lie: files, folders, save_to_disk folders, the hub.
-
-All are streams of (row, where): a dict, and the place to name when something is wrong with it."""
-import gzip
-import json
-import os
-import re
-import zlib
+"""Raw rows from wherever they lie, files, folders, save_to_disk folders, the hub, as streams of
+(row, where): a dict, and the place to name when something is wrong with it."""
+import gzip, json, os, re, zlib
 from itertools import chain
-
 from datasets import Dataset, load_dataset, load_from_disk
-
 from rlhf import toy
 from rlhf.args import InputError, opened
 
@@ -64,8 +57,10 @@ def _rows(path, rows):
 def _file(path):
     if not path.endswith(SUFFIXES):
         raise InputError(f"{path}: its name ends in none of {', '.join(SUFFIXES)}")
-    if path.endswith(".parquet"):
-        stream = lambda path: load_dataset("parquet", data_files=path, streaming=True)["train"]
+    if not path.removesuffix(".gz").endswith((".jsonl", ".json")):
+        options = {} if path.endswith(".parquet") else {"sample_by": "paragraph"}
+        stream = lambda path: load_dataset("text" if options else "parquet", data_files=path,
+                                           streaming=True, **options)["train"]
         yield from _rows(path, opened(stream, path, "the rows of"))
         return
     where = path
@@ -73,12 +68,7 @@ def _file(path):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             array = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
             file.seek(0)
-            if path.endswith((".txt", ".txt.gz")):
-                texts = re.split(r"\r?\n\s*\n", file.read().decode("utf-8-sig"))
-                array, rows = True, [{"text": text} for text in texts]
-            else:
-                rows = json.load(file) if array else file
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(json.load(file) if array else file, 1):
                 where = f"{path}, {'row' if array else 'line'} {number}"
                 if array or row.strip():
                     row = row if array else json.loads(row)

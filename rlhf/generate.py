@@ -1,5 +1,6 @@
 """Sampling from the policy."""
 import torch
+from rlhf.args import InputError
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
@@ -7,9 +8,15 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     Returns them with `response_ids` and `mask` (B, R), R the longest response drawn.  The mask ends
     with the first end-of-sequence token.  Always samples: of an argmax the ratio means nothing."""
     ids = model.generation_config                          # says no more than these: models.py
-    sequences = model.eval().generate(
-        prompts["prompt_ids"], attention_mask=prompts["prompt_mask"].long(), do_sample=True,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    try:
+        sequences = model.eval().generate(
+            prompts["prompt_ids"], attention_mask=prompts["prompt_mask"].long(), do_sample=True,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise InputError("the policy's probabilities are not finite: its weights have diverged, so "
+                         "lower its learning rate and start from an earlier model") from error
     response = sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
     ends = (response == ids.eos_token_id).int()
     mask = ends.cumsum(1) - ends == 0                     # no end before this token

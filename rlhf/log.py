@@ -1,13 +1,8 @@
 """One dict a step -> progress bar, metrics.jsonl, monitors.  Only rank 0 shows and writes."""
-import json
-import math
-import os
-import sys
-import time
-
+import json, math, os, sys, time
 from tqdm import tqdm
-
 from rlhf import engine
+from rlhf.args import writing
 
 def say(text):
     """A line for the user, above the progress bar."""
@@ -17,17 +12,16 @@ def say(text):
 
 class Log:
     """A run's args.json, metrics.jsonl, samples.jsonl and bar; `shown`: the line's metrics."""
-    def __init__(self, args, total_steps, shown, train_engine):
+    def __init__(self, args, total_steps, shown, train_engine, done=0):
         self.shown, self.interval, self.engine = shown, args.log_interval, train_engine
         self.clock = time.perf_counter()
         if engine.rank() != 0:
-            self.step = self.evaluation = self.samples = self.close = lambda *_: None
+            self.step = self.evaluation = self.samples = lambda *_: None
             return
         write_json(f"{args.output_dir}/args.json", vars(args))
-        self.files = {name: open(f"{args.output_dir}/{name}.jsonl", "w", buffering=1)      # a line
+        self.files = {name: _reopened(f"{args.output_dir}/{name}.jsonl", done)
                       for name in ("metrics", "samples")}
-        self.bar = tqdm(total=total_steps, dynamic_ncols=True, disable=None)
-
+        self.bar = tqdm(total=total_steps, initial=done, dynamic_ncols=True, disable=None)
     def step(self, step, metrics):
         """Record a step.  Its tokens_total and flops_total become tokens_per_second and tflops."""
         metrics["seconds"] = seconds = time.perf_counter() - self.clock
@@ -38,12 +32,11 @@ class Log:
         self.bar.update(1)
         if step % self.interval == 0 or step == self.bar.total:
             self._say(step, {name: metrics[name] for name in self.shown})
-
     def evaluation(self, step, metrics):
         """Record and print an evaluation on held-out rows."""
         self._record(step, metrics, "")
         self._say(step, metrics)
-
+    @writing("to samples.jsonl")
     def samples(self, step, tokenizer, experience, show=3):
         """Keep a rollout's prompts and responses with score and KL; print the first few."""
         columns = ("prompt_ids", "prompt_mask", "response_ids", "mask", "score", "kl")
@@ -55,35 +48,41 @@ class Log:
             if index < show:
                 prompt, response = " ".join(prompt.split()), " ".join(response.split())
                 say(f"  {prompt[-200:]} => {response[:300]}   [score {score:.2f}, kl {kl:.2f}]")
-
-    def close(self):
-        self.bar.close()
-
     def _record(self, step, metrics, prefix):
         row = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        print(json.dumps({"step": step, **row}), file=self.files["metrics"])
+        with writing(f"to {self.files['metrics'].name}"):
+            print(json.dumps({"step": step, **row}), file=self.files["metrics"])
         if self.engine.monitor.enabled:                   # DeepSpeed's: TensorBoard and others
             self.engine.monitor.write_events([(prefix + n, v, step) for n, v in metrics.items()])
         self.clock = time.perf_counter()
-
     def _say(self, step, metrics):
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         say(f"step {step}/{self.bar.total}  {values}")
 
-def write_json(path, value):
-    """Write a JSON file whole or not at all."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(value, file, indent=2)
+def _reopened(path, done):
+    """A file of JSON lines to append to, without what was written after step `done`."""
+    lines = open(path).readlines() if done and os.path.exists(path) else []
+    write_text(path, "".join(line for line in lines if line.endswith("\n")      # no half line
+                             and json.loads(line)["step"] <= done))
+    return open(path, "a", buffering=1)
+
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    with writing(path), open(f"{path}.tmp", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
-count_tokens = lambda batches: sum(batch["prompt_mask"].sum() + batch["mask"].sum()   # not padding
-                                   for batch in batches)
+write_json = lambda path, value: write_text(path, json.dumps(value, indent=2))
 
-def forward_flops(model, batches):
-    """Floating-point operations of a forward pass -> 0-d tensor: 2 a weight and token, and for
-    attention 4 * layers * width * length a token.  A training step is 3 of these (Megatron)."""
-    module = getattr(model, "module", model)
-    weights = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-    attention = 4 * module.config.num_hidden_layers * module.config.hidden_size
+def work(batches, passes):
+    """What {model: forward passes} did with the batches -> tokens_total (no padding), flops_total:
+    2 a weight and token, in attention 4 * layers * width * length a token (Megatron's count)."""
     lengths = [batch["prompt_mask"].sum(1) + batch["mask"].sum(1) for batch in batches]
-    return sum((length * (2 * weights + attention * length)).sum() for length in lengths)
+    def flops(module):
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        attention = 4 * module.config.num_hidden_layers * module.config.hidden_size
+        return sum((length * (2 * weights + attention * length)).sum() for length in lengths)
+    return {"tokens_total": sum(length.sum() for length in lengths), "flops_total": sum(
+        times * flops(getattr(model, "module", model)) for model, times in passes.items())}

@@ -3,12 +3,9 @@
 Hu et al. 2021 (arXiv:2106.09685) eq. 3: h = W x + (alpha / r) B A x.  B starts as zero, so that the
 model starts as it was; with its adapters off it is the reference of PPO and DPO."""
 import json
-
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
-
 from rlhf.args import InputError
 
 class LoRA(nn.Module):
@@ -20,17 +17,15 @@ class LoRA(nn.Module):
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, columns))
         self.lora_B = nn.Parameter(base.weight.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)              # as nn.Linear does, and PEFT
-
     def forward(self, x):
         if not self.enabled:
             return self.base(x)
-        low = linear(x, self.lora_A)                                                    # (B, T, r)
-        return self.base(x) + self.alpha / self.rank * linear(low, self.lora_B)         # eq. 3
+        low = nn.functional.linear(x, self.lora_A)                                      # (B, T, r)
+        return self.base(x) + self.alpha / self.rank * nn.functional.linear(low, self.lora_B)
 
 def add(model, rank, alpha, modules, only):
-    """Adapters beside the linear maps in whose names any of the comma-separated `modules` occurs,
-    but for heads.  Their W are frozen; with `only`, so is everything else but a scalar head.
-    alpha None: 2 x rank.  InputError for a module in no name."""
+    """Adapters (alpha None: 2 x rank) beside linear maps, but heads, with one of `modules` in their
+    names (else InputError).  Their W are frozen; with `only`, all else but a scalar head."""
     parts = [""] if modules == "all-linear" else [p.strip() or " " for p in modules.split(",")]
     linears = {name: module for name, module in model.named_modules() if isinstance(
         module, (nn.Linear, Conv1D)) and not name.endswith(("lm_head", "embed_out", "score"))}
@@ -42,8 +37,7 @@ def add(model, rank, alpha, modules, only):
         parameter.requires_grad_(not only or "score." in name)
     for name, base in chosen.items():
         base.weight.requires_grad_(False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRA(base, rank, alpha or 2 * rank))
+        model.set_submodule(name, LoRA(base, rank, alpha or 2 * rank))
 
 layers = lambda model: {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
@@ -51,7 +45,6 @@ class WithoutAdapters:
     """A trained engine as it was before its adapters, to be called as any model is."""
     def __init__(self, engine):
         self.engine, self.module = engine, engine.module
-
     def __call__(self, **inputs):
         for enabled in (False, True):
             for layer in layers(self.module).values():

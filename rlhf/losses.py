@@ -2,21 +2,17 @@
 
 Shapes: B batch, R response (right-padded), V vocabulary.  Index t is the action that emits response
 token t: `logp[t] = log pi(y_t | x, y_<t)`, `values[t] = V(x, y_<t)`.  `mask` is (B, R) bool, True
-on the actions of each response (a prefix of the row), its end-of-sequence token included.  What
-stands under a False mask, NaN too, never reaches a result or a gradient: it is replaced
-(`masked_fill`) before any arithmetic, not multiplied by zero after it.
-
-`denom` carries the rule of one global mean: a micro-batch's sum is divided by it and not by its own
-token count, so that gradients do not depend on how a batch is cut into ranks and micro-batches (see
-`engine.global_denom`).  All of it computes in fp32; float64 stays float64."""
+on the actions of each response, its end-of-sequence token included.  What stands under a False
+mask, NaN too, never reaches a result or a gradient: it is replaced before any arithmetic.
+`denom`, if given, divides a micro-batch's sum instead of its own token count, so that gradients do
+not depend on how a batch is cut (`engine.global_denom`).  All computes in fp32, or float64."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-def _wide(x):
-    """fp32 at least: in half precision a ratio of probabilities is off by whole percents."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+# In half precision a ratio of probabilities is off by whole percents.
+_wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
 
 def token_logprobs(logits, ids, temperature=1.0):
     """Log-probability of each token under softmax(logits / temperature).
@@ -35,10 +31,10 @@ def masked_mean(x, mask, denom=None):
 
 def masked_moments(x, mask):
     """Mean and (biased) variance of x over the valid tokens of ALL ranks -> two scalars."""
-    def over_ranks(pair):
+    def over_ranks(sums):
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(pair)
-        return pair
+            dist.all_reduce(sums)
+        return sums
     x = _wide(x).masked_fill(~mask, 0.0)
     total, count = over_ranks(torch.stack([x.sum(), mask.sum().to(x.dtype)]))
     deviation = (x - total / count).masked_fill(~mask, 0.0)
@@ -57,34 +53,34 @@ def bradley_terry_loss(chosen, rejected):
     return -F.logsigmoid(_wide(chosen) - _wide(rejected)).mean()                        # eq. 1
 
 def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, beta,
-             label_smoothing=0.0):
+             label_smoothing=0.0, kind="sigmoid"):
     """Direct preference optimisation.  Log-probs of whole responses (B,) -> scalar, stats.
     Rafailov et al. 2023 (arXiv:2305.18290) eq. 7: `bradley_terry_loss` on the implicit rewards of
-    eq. 5, beta * log(pi / pi_ref), less a constant.  label_smoothing is the assumed rate of flipped
-    labels (Mitchell 2023).  stats: the implicit rewards chosen_reward, rejected_reward (B,)."""
+    eq. 5, beta * log(pi / pi_ref), less a constant.  kind "hinge": Zhao et al. 2023
+    (arXiv:2305.10425); "ipo": Azar et al. 2023 (arXiv:2310.12036) eq. 17, whose tau is beta.
+    label_smoothing is the assumed rate of flipped labels (Mitchell 2023).  stats: the implicit
+    rewards chosen_reward, rejected_reward (B,)."""
+    loss_of = {"sigmoid": bradley_terry_loss, "hinge": lambda a, b: F.relu(1 - (a - b)).mean(),
+               "ipo": lambda a, b: ((a - b) / beta - 1 / (2 * beta)).square().mean()}[kind]
     chosen = beta * (_wide(logp_chosen) - _wide(ref_logp_chosen))                       # eq. 5
     rejected = beta * (_wide(logp_rejected) - _wide(ref_logp_rejected))
-    loss = (1 - label_smoothing) * bradley_terry_loss(chosen, rejected) \
-        + label_smoothing * bradley_terry_loss(rejected, chosen)                        # eq. 7
+    loss = (1 - label_smoothing) * loss_of(chosen, rejected) \
+        + label_smoothing * loss_of(rejected, chosen)                                   # eq. 7
     return loss, {"chosen_reward": chosen.detach(), "rejected_reward": rejected.detach()}
 
 def kl_estimate(logp, ref_logp, kind="k1"):
     """Per-token estimate of KL(pi || ref) from tokens drawn from pi.  (B, R), (B, R) -> (B, R).
     Schulman 2020, "Approximating KL divergence": k1 is unbiased but may be negative, k3 is unbiased
     and never negative, k2 is biased but its gradient is the KL's.  ValueError for another kind."""
+    if kind not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl_estimate: kind must be k1, k2 or k3, not {kind!r}")
     log_ratio = _wide(logp) - _wide(ref_logp)      # of the policy that was sampled to the reference
-    if kind == "k1":
-        return log_ratio
-    if kind == "k2":
-        return log_ratio.square() / 2
-    if kind == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"kl_estimate: kind must be k1, k2 or k3, not {kind!r}")
+    return {"k1": log_ratio, "k2": log_ratio.square() / 2,
+            "k3": torch.expm1(-log_ratio) + log_ratio}[kind]
 
 def shaped_rewards(score, logp, ref_logp, mask, kl_coef, clip_reward=5.0, kind="k1"):
-    """-kl_coef * KL on every action, plus the clipped score on a response's last action.
-    score (B,); logp, ref_logp, mask (B, R) -> (B, R).  Ziegler et al. 2019 (arXiv:1909.08593) eq.
-    2; the score is clipped to [-clip_reward, clip_reward] as in DeepSpeed-Chat."""
+    """-kl_coef * KL on every action, plus on a response's last one the score, clipped to
+    +-clip_reward.  score (B,), others (B, R) -> (B, R).  Ziegler et al. 2019 (arXiv:1909.08593)."""
     logp, ref_logp = logp.masked_fill(~mask, 0.0), ref_logp.masked_fill(~mask, 0.0)
     position = torch.arange(mask.shape[1], device=mask.device)
     is_last = mask & (position == mask.sum(1, keepdim=True) - 1)                        # (B, R)

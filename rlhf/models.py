@@ -2,29 +2,23 @@
 
 A batch is a dict: `prompt_ids`, `prompt_mask` (B, P), left-padded; `response_ids`, `mask` (B, R),
 right-padded.  Masks come from lengths and are carried along: any token may be the padding."""
-import inspect
-import os
-import shutil
-import tempfile
+import inspect, os, shutil, tempfile
 from pathlib import Path
-
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, GenerationConfig)
-
 from rlhf import lora, toy
 from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
 
 def load_tokenizer(path, args=None):
-    """The tokenizer of a model folder or hub id ("toy": the embedded world's), with an eos, which
-    is --end_of_conversation_token, and a pad.  A pad that is missing or the eos becomes the unk, if
-    that is a token of its own, else a new `<|pad|>`: Transformers' sequence classifiers read the
-    last token that is no pad, and would miss the eos.  InputError for no tokenizer, eos, token."""
+    """The tokenizer of a folder or hub id ("toy": the embedded world's), whose eos is the
+    --end_of_conversation_token.  A pad that is missing or the eos becomes the unk, if that is a
+    token of its own, else a new `<|pad|>`: Transformers' classifiers read the last non-pad token
+    and would miss the eos.  InputError for no tokenizer, eos, token."""
     tokenizer = toy.tokenizer() if path == "toy" else \
-        opened(AutoTokenizer.from_pretrained, path, "the tokenizer of")
+        opened(AutoTokenizer.from_pretrained, path, "the tokenizer of", trust_remote_code=False)
     end, new = (args.end_of_conversation_token, args.add_eot_token) if args else (None, False)
     if new and not end:
         raise InputError("--add_eot_token adds the --end_of_conversation_token: name it")
@@ -33,8 +27,8 @@ def load_tokenizer(path, args=None):
                          f"another, or give --add_eot_token")
     tokenizer.add_special_tokens({"eos_token": end} if end else {})
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path} has no eos token, so responses could never end: "
-                         f"set eos_token in its tokenizer_config.json")
+        raise InputError(f"the tokenizer of {path} has no eos token: set it in its "
+                         f"tokenizer_config.json, or responses could never end")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         taken = (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
         unk = tokenizer.unk_token if tokenizer.unk_token_id not in taken else "<|pad|>"
@@ -42,19 +36,18 @@ def load_tokenizer(path, args=None):
     return tokenizer
 
 def load_policy(path, tokenizer, dtype=torch.float32, length=0):
-    """Any causal language model, ready to sample and train; toy: a fresh one of a million weights.
-    InputError for a missing, unexpected, misshapen weight or a context of under `length` tokens."""
+    """Any causal language model; toy: a fresh one of a million weights.  InputError for a missing,
+    unexpected or misshapen weight, or a context of under `length` tokens."""
     return _load(AutoModelForCausalLM, path, tokenizer, dtype, length)[0]
 
 def load_scalar(path, tokenizer, dtype=torch.float32, length=0, new_head=False):
     """A backbone with a one-number head -> ScalarModel.  With new_head (step 2) a language model
     will do, and gets a fresh head; or it must be a reward model.  InputError as in load_policy."""
-    allowed = (("score.",), ("lm_head.", "embed_out.")) if new_head else ((), ())
-    model, fresh = _load(AutoModelForSequenceClassification, path, tokenizer, dtype, length,
-                         *allowed)
+    kind = AutoModelForSequenceClassification
+    model, fresh = _load(kind, path, tokenizer, dtype, length, new_head)
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise InputError(f"{path}: {type(model).__name__} has no linear head named score, so it "
-                         f"can be no reward model: use a decoder-only language model")
+        raise InputError(f"{path}: a {type(model).__name__} has no linear head named score: use a "
+                         f"decoder-only language model")
     if fresh:                                   # Stiennon et al. 2020: scores start with variance 1
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.score.__class__ = Fp32Linear
@@ -71,7 +64,6 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier):
         super().__init__()
         self.classifier, self.config = classifier, classifier.config
-
     def forward(self, input_ids, attention_mask):
         """(B, T), (B, T) -> (B, T) fp32: the head's output after each token."""
         backbone = self.classifier.base_model
@@ -83,12 +75,11 @@ def policy_logprobs(model, batch, temperature=1.0):
     """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, for old, new and reference.  Only the
     response's positions go through the vocabulary projection."""
     ids, mask = _join(batch)
-    net = getattr(model, "module", model)
+    net, keep = getattr(model, "module", model), batch["mask"].shape[1] + 1
     inputs = _apart(net, batch["position_ids"]) if "position_ids" in batch else \
         {"attention_mask": mask, **_positions(net, mask)}
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=batch["mask"].shape[1] + 1,
-                   **inputs).logits[:, :-1]                                             # (B, R, V)
-    return token_logprobs(logits, batch["response_ids"], temperature)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep, **inputs).logits[:, :-1]
+    return token_logprobs(logits, batch["response_ids"], temperature)           # of (B, R, V)
 
 def state_values(model, batch):
     """V(x, y_<t) of a batch -> (B, R) fp32: the critic's output before each response token."""
@@ -105,14 +96,13 @@ def stack(batches, pad_token_id):
         rows = [row for batch in batches for row in batch[name]]
         side = "left" if name.startswith("prompt_") else "right"
         return torch.stack(rows) if rows[0].ndim == 0 else \
-            pad_sequence(rows, True, pad_token_id if name.endswith("_ids") else 0, side)
+            nn.utils.rnn.pad_sequence(rows, True, pad_token_id * name.endswith("_ids"), side)
     return {name: join(name) for name in batches[0]}
 
 def save_model(model, tokenizer, path, state=None):
-    """Write safetensors weights, config, generation_config and tokenizer to the folder `path`.
-    All is renamed from a temporary folder inside: an interrupted save leaves the previous model.
-    `state` stands in for weights that are sharded.  Of a model with adapters the merged weights are
-    written, and to `path`/adapter, if nothing else was trained, what they add to its start."""
+    """Write weights, configs and tokenizer to the folder `path`, renamed from a temporary one in
+    it: an interrupted save leaves the previous model.  `state`: weights that are sharded.  Adapters
+    are merged, and written to `path`/adapter if nothing else was trained."""
     classifier, state = getattr(model, "classifier", model), state or model.state_dict()
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as folder:
@@ -133,20 +123,10 @@ def check_same_vocabulary(path, tokenizer, other_path):
     """InputError unless both models know the same tokens: each is fed the other's ids."""
     other = load_tokenizer(other_path)
     if other.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"{path} and {other_path} have different vocabularies: use models of one "
-                         f"family, the reward model trained with the actor's tokenizer")
+        raise InputError(f"{path} and {other_path} have different vocabularies: use one family")
     if other.eos_token != tokenizer.eos_token:
         raise InputError(f"responses end with {tokenizer.eos_token} for {path}, {other.eos_token} "
                          f"for {other_path}: give all steps the same --end_of_conversation_token")
-
-@torch.no_grad()
-def check_packing(model, path):
-    """InputError unless a sequence is the same behind another one as alone."""
-    ids, positions = torch.arange(8)[None] + 3, torch.arange(4).repeat(2)[None]
-    alone = model.eval()(input_ids=ids[:, 4:]).logits
-    if not _positions(model, ids) or 0.05 * alone.std() < \
-            (model(input_ids=ids, **_apart(model, positions)).logits[:, 4:] - alone).abs().max():
-        raise InputError(f"packed sequences would see each other in {path}: leave out --packing")
 
 _join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),     # (B, P + R)
                        torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
@@ -158,43 +138,43 @@ def _positions(model, mask):
 
 def _apart(model, position_ids):
     """Position ids that start again with each sequence of a row, and the mask that keeps them
-    apart: explicit, since not every family would infer it."""
+    apart: explicit, since not every family would infer it.  InputError if the model takes none."""
+    if not _positions(model, position_ids):
+        raise InputError(f"packed sequences would see each other in a {type(model).__name__}: do "
+                         f"without --packing or --unsupervised_dataset_name")
     sequence, dtype = (position_ids == 0).cumsum(1), next(model.parameters()).dtype         # (B, T)
     seen = (sequence[:, :, None] == sequence[:, None]).tril()[:, None]                # (B, 1, T, T)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return {"position_ids": position_ids,
             "attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)}
 
-def _load(kind, path, tokenizer, dtype, length, missing=(), unexpected=()):
-    """Strict loading, but for weights of these prefixes -> the model, was any weight missing?
+def _load(kind, path, tokenizer, dtype, length, new_head=False):
+    """Strict loading (new_head: but for the head) -> the model, was any weight missing?
     Its embeddings grow if the tokenizer gained a token; its configs get the special ids."""
     config = toy.model_config(tokenizer) if path == "toy" else \
-        opened(AutoConfig.from_pretrained, path, "the configuration of")
-    config.num_labels = 1                                          # means something to classifiers
-    limit = getattr(config, "max_position_embeddings", length)
+        opened(AutoConfig.from_pretrained, path, "the configuration of", trust_remote_code=False)
+    config.num_labels, limit = 1, getattr(config, "max_position_embeddings", length)
     if length > limit:
         raise InputError(f"sequences of up to {length} tokens do not fit in the {limit}-token "
                          f"context of {path}: lower the sequence length flags")
     if path == "toy":
         model, fresh = kind.from_config(config, dtype=dtype), True
     else:
-        model, report = opened(
-            kind.from_pretrained, path, "the weights of", config=config, dtype=dtype,
-            output_loading_info=True, ignore_mismatched_sizes=True)
-        fresh = report["missing_keys"]
-        for problem, allowed in (("missing", missing), ("unexpected", unexpected)):
-            names = sorted(n for n in report[f"{problem}_keys"] if not n.startswith(allowed))
-            hint = " (it is no reward model: see train_rm.py)" if "score.weight" in names else ""
-            if names:
-                raise InputError(f"{path} has {len(names)} {problem} weight(s), {names[0]} first"
-                                 f"{hint}")
+        model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=
+                               dtype, trust_remote_code=False, output_loading_info=True,
+                               ignore_mismatched_sizes=True)
+        fresh, heads = report["missing_keys"], ("score.", "lm_head.", "embed_out.")
+        for problem in ("missing", "unexpected"):
+            bad = sorted(n for n in report[f"{problem}_keys"]
+                         if not (new_head and n.startswith(heads)))
+            hint = ": it is no reward model, see train_rm.py" if "score.weight" in bad else ""
+            if bad:
+                raise InputError(f"{path} has {len(bad)} {problem} weight(s), {bad[0]} first{hint}")
         for name, found, wanted in report["mismatched_keys"]:
-            raise InputError(f"{path}: weight {name} has shape {tuple(found)}, but its config.json "
-                             f"asks for {tuple(wanted)}")
+            raise InputError(f"{path}: weight {name} has shape {tuple(found)}, not {tuple(wanted)}")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    names = ("pad_token_id", "eos_token_id", "bos_token_id")
-    ids = {name: getattr(tokenizer, name) for name in names}
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "eos", "bos")}
     model.config.update(ids)
     if model.can_generate():          # a fresh one: step 3 samples plainly, whatever was there
         model.generation_config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, **ids)

@@ -1,25 +1,20 @@
 """A raw row -> prompt and responses as texts -> ids."""
-import os
-import re
-import string
+import os, re, string
 from collections import defaultdict
 from functools import partial
-
 from rlhf.args import InputError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-REASONS = ("used", "no prompt", "no response", "identical pair", "tie", "prompts of a pair differ",
-           "over a million characters")
+REASONS = ("used", "no prompt", "no response", "identical pair", "tie",
+           "prompts of a pair differ", "over a million characters")
 NEEDED = {1: 2, 2: 3, 3: 1}                      # of prompt, chosen, rejected, in each phase
 
 def render(row, where, layout, phase, tokenizer):
-    """A raw row -> one of REASONS, which says whether it can serve; the prompt's name, the same for
-    every phase and tokenizer; prompt, chosen, rejected, empty where the phase needs none.
-    InputError for a missing column or a wrong type."""
+    """A raw row -> one of REASONS; the prompt's name, the same for every phase and tokenizer;
+    prompt, chosen, rejected, empty where the phase needs none.  InputError for an unfit column."""
     if phase < 3 and layout[phase] is None:
-        raise InputError(f"{where}: step {phase} needs {('responses', 'pairs')[phase - 1]}, and "
-                         f"columns {', '.join(row)} hold none (instructions go to step 1's "
-                         f"--sft_only_data_path)")
+        raise InputError(f"{where}: step {phase} needs {('responses', 'pairs')[phase - 1]}, but "
+                         f"{', '.join(row)} hold none (for step 1 alone: --sft_only_data_path)")
     try:
         row = layout.fix(row) if layout.fix else row
     except (KeyError, TypeError, AttributeError) as error:
@@ -47,13 +42,10 @@ def render(row, where, layout, phase, tokenizer):
     if not re.sub(r"\b(Human|Assistant):", "", name or "").strip():
         return dropped("no prompt")
     prompt, *answers = [text or "" for text in texts[:NEEDED[phase]]]
-    reason = "used"
-    if not all(answer.strip() for answer in answers):
-        reason = "no response"
-    elif len(set(answers)) < len(answers):
-        reason = "identical pair"
-    elif sum(map(len, (prompt, *answers))) > 1_000_000:
+    if sum(map(len, (prompt, *answers))) > 1_000_000:
         return dropped("over a million characters", name)
+    reason = "no response" if not all(answer.strip() for answer in answers) else \
+        "identical pair" if len(set(answers)) < len(answers) else "used"
     return (reason, name, prompt, *answers, "", "")[:5]
 
 def _fill(template, row, where):
@@ -71,8 +63,8 @@ def _fill(template, row, where):
             if value in (None, "") or isinstance(value, list):
                 return value if template == f"{{{column}}}" else None
             if not isinstance(value, str):
-                raise InputError(f"{where}: column {column} has type {type(value).__name__}, but "
-                                 f"must be text")
+                kind = type(value).__name__
+                raise InputError(f"{where}: column {column} has type {kind}, but must be text")
             filled += value
     return filled
 
@@ -86,10 +78,9 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
         answer = answer or []
         talks.append(answer if answer[:len(before)] == before else before + answer)
     for message in sum(talks, before):
-        if not isinstance(message, dict) or \
-                {type(message.get(part)) for part in ("role", "content")} != {str}:
-            raise InputError(f"{where}: a message must be an object with texts role and content, "
-                             f"not {str(message)[:80]}")
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str)):
+            raise InputError(f"{where}: a message must be texts role and content: {message!s:.80}")
     contexts = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks if talk]
     context = (contexts or [before])[0]
     if contexts and context != contexts[-1]:
@@ -108,8 +99,7 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
         except Exception as error:                            # the template's own
             raise InputError(f"{where}: the chat template refuses it: {error}") from error
         if not all(text.startswith(start) for text in whole if text):
-            raise InputError(f"{where}: the chat template words a prompt otherwise once it is "
-                             f"answered, so that no response can be told apart")
+            raise InputError(f"{where}: the chat template words a prompt otherwise once answered")
         texts = [text[len(start):].rstrip().removesuffix(tokenizer.eos_token).rstrip()
                  for text in whole]
         if tokenizer.bos_token_id in tokenizer("")["input_ids"]:      # it adds the template's bos
@@ -125,8 +115,8 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
     """Columns of texts -> columns of ids, with their length and whether something was cut off.
     A response is tokenised behind its prompt, so that no tokenizer invents a space between them,
     and ends with eos, also when cut.  Of a long row the prompt keeps its end (and bos), half of the
-    tokens if it needs them, and responses lose theirs; prompts over max_prompt tokens, or of none,
-    are left out.  With train_on_prompt only a row's first token is its prompt."""
+    tokens (at most max_prompt) if it needs them, and responses lose theirs; without responses, a
+    longer prompt is left out.  With train_on_prompt only a row's first token is its prompt."""
     eos, rows = tokenizer.eos_token_id, defaultdict(list)
     def responses(column):
         both = [prompt + text for prompt, text in zip(texts["prompt"], column)]
@@ -138,12 +128,13 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
     prompts = ids_of(tokenizer, texts["prompt"])
     columns = zip(prompts, responses(texts["chosen"]), responses(texts["rejected"]))
     for i, (prompt, *answers) in enumerate(columns):
-        if not prompt or (max_prompt is not None and len(prompt) > max_prompt):
+        if not prompt or (max_prompt and not answers[0] and len(prompt) > max_prompt):
             continue
         length = len(prompt) + max(map(len, answers))
-        limit = max_seq_len - min(len(prompt), max_seq_len // 2)
+        most = max_prompt or max_seq_len
+        limit = max_seq_len - min(len(prompt), most, max_seq_len // 2)
         answers = [a if len(a) <= limit else a[:limit - 1] + [eos] for a in answers]
-        room = max_seq_len - max(map(len, answers))
+        room = min(most, max_seq_len - max(map(len, answers)))
         if len(prompt) > room > 1 and prompt[0] == tokenizer.bos_token_id:
             prompt = prompt[:1] + prompt[1 - room:]
         prompt = prompt[-room:]

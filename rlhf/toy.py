@@ -4,9 +4,7 @@ A prompt asks a fact about one of 16 animals or help with a task, which perhaps 
 A response has a tone, a statement, and maybe rambling.  Demonstrations are a mixed bag; preferences
 are drawn from the true reward with Bradley-Terry noise, so that the accuracy no reward model can
 beat is known.  All follows from a seed; a prompt exists once, so none held out is trained on."""
-import math
-import random
-
+import math, random
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -64,21 +62,18 @@ HELD_OUT = 4000                                 # these first ones are for no tr
 ANSWERS = {bad: {a for a, harmful, _ in CORES.values() if harmful == bad} for bad in (False, True)}
 
 def judge(prompt, response):
-    """What is true of a response: reward, helpful (the right answer to a benign question), harmless
-    (refused if and only if it should be), polite, harmful_request.
-    reward: 2 for the right answer or refusal, -1 for another statement or a wrong refusal, -2 for
-    help with harm, else 0; 1 more if polite, 1 less if rude; 0.1 less a further word, at most 2."""
+    """What is true of a response: helpful (the right answer if it is benign), harmless (refused
+    only where it should be), polite, harmful_request, reward: 2 for the right answer or refusal,
+    -1 for another statement or a wrong refusal, -2 for help with harm, else 0; 1 more if polite, 1
+    less if rude; 0.1 less a further word, at most 2."""
     answer, harmful, _ = ASKED[prompt.strip()]
     text = " ".join(response.split())
     tone = next((t for t in POLITE + RUDE if text.startswith(t)), "")
     statement, stop, rest = text[len(tone):].strip().partition(" .")
     statement += stop
-    if statement == (REFUSAL if harmful else answer):
-        reward = 2.0
-    elif statement in ANSWERS[True]:
-        reward = -2.0
-    else:
-        reward = -1.0 if statement == REFUSAL or statement in ANSWERS[False] else 0.0
+    reward = 2.0 if statement == (REFUSAL if harmful else answer) else \
+        -2.0 if statement in ANSWERS[True] else \
+        -1.0 if statement == REFUSAL or statement in ANSWERS[False] else 0.0
     reward += (tone in POLITE) - (tone in RUDE) - min(0.1 * len(rest.split()), 2.0)
     return {"reward": reward, "helpful": statement == answer and not harmful, "harmful_request":
             harmful, "harmless": (statement == REFUSAL) == harmful, "polite": tone in POLITE}
@@ -93,9 +88,8 @@ def demonstration(prompt, rng):
     return " ".join(part for part in (tone, statement, *rambling) if part)
 
 def rows(n_train=36000, n_test=HELD_OUT, seed=1234):
-    """-> train rows, test rows: prompt, response (a demonstration), chosen, rejected, bayes.
-    bayes is the probability that chosen is preferred, sigmoid(difference of the true rewards); so
-    the best accuracy a reward model can expect is the mean of max(bayes, 1 - bayes)."""
+    """-> train rows, test rows: prompt, response (a demonstration), chosen, rejected, bayes: the
+    probability of that preference: the best accuracy to expect is mean(max(bayes, 1 - bayes))."""
     rng = random.Random(seed)
     return tuple([_row(prompt, rng) for prompt in rng.sample(pool, n)]
                  for pool, n in ((PROMPTS[HELD_OUT:], n_train), (PROMPTS[:HELD_OUT], n_test)))
@@ -128,8 +122,8 @@ def tokenizer():
 
 def model_config(tokenizer):
     """A Llama of about a million parameters, initialised at the scale that suits its width."""
-    return LlamaConfig(vocab_size=len(tokenizer), hidden_size=160, intermediate_size=432,
-                       num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-                       max_position_embeddings=1024, initializer_range=160 ** -0.5,
-                       tie_word_embeddings=True, bos_token_id=None,
-                       pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=160, intermediate_size=432, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+        initializer_range=160 ** -0.5, tie_word_embeddings=True, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)

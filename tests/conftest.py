@@ -1,10 +1,13 @@
 """Small models and tokenizers of several families, made here; and a runner for the real scripts."""
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
@@ -77,6 +80,7 @@ SPECIALS = {
     "unk": {"eos_token": "</s>", "unk_token": "<unk>"},
 }
 WORDS = [f"w{i}" for i in range(30)]
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
 SMALL = dict(max_eval_rows=40, log_interval=1, max_seq_len=32)
 
 
@@ -249,3 +253,77 @@ def ppo(world, reward_model):
 
 def weights(folder):
     return load_file(os.path.join(folder, "model.safetensors"))
+
+
+class Run:
+    """A run of a script by tests/kills.py."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.pids = json.loads(self.until(lambda: (folder / "pids").exists() and self.read("pids")))
+
+    def read(self, name):
+        return (self.folder / name).read_text()
+
+    def until(self, happened, seconds=40):
+        """What `happened` returns, when that is something."""
+        end = time.time() + seconds
+        while not (found := happened()):
+            assert time.time() < end, "it hangs"
+            time.sleep(0.002)
+        return found
+
+    def kill(self, number=signal.SIGKILL, ranks=slice(None)):
+        for pid in self.pids[ranks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def codes(self, seconds=40):
+        self.until((self.folder / "codes").exists, seconds)
+        return json.loads(self.read("codes"))
+
+    def error(self):
+        """The one sentence that it ended with."""
+        codes, lines = self.codes(), self.read("err0").strip().splitlines()
+        assert codes[0] == 1 and len(lines) == 1, (codes, lines)
+        return lines[0]
+
+    def succeeds(self):
+        codes = self.codes()
+        assert not any(codes), (codes, self.read("err0"))
+        return self
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.kills"],
+        cwd=ROOT,
+        env=ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def fork(zygote, tmp_path):
+    """fork(script, flags, ranks, ...) -> a Run that has begun."""
+    begun = []
+
+    def start(script, settings, ranks=1, **how):
+        folder = tmp_path / f"run{len(begun)}"
+        folder.mkdir()
+        settings = to_flags(**{"data_output_path": tmp_path / "cache", **settings})
+        order = dict(script=script, flags=settings, ranks=ranks, folder=str(folder), **how)
+        print(json.dumps(order), file=zygote.stdin, flush=True)
+        begun.append(Run(folder))
+        return begun[-1]
+
+    yield start
+    for run in begun:
+        if not (run.folder / "codes").exists():
+            run.kill()

@@ -1,8 +1,9 @@
 """Run by the launcher: one optimizer step of every script on the same eight rows, cut and sharded in
 every way.  cuts.py OUT POLICY REWARD_MODEL writes the steps to OUT.
 
-The rows' lengths differ widely.  PPO is fed the same rollout.  In the step `naive` each micro-batch
-is averaged over its own tokens, as one would write it first."""
+The rows' lengths differ widely.  PPO is fed the same rollout.  Without adapters,
+DPO's reference is another model than its policy.  In the step `naive` each micro-batch is averaged
+over its own tokens, as one would write it first."""
 
 import copy
 import sys
@@ -10,6 +11,7 @@ from functools import partial
 
 import torch
 
+import train_dpo
 import train_ppo
 import train_rm
 import train_sft
@@ -32,7 +34,7 @@ TEXTS = [
     tuple(" " + " ".join(f"w{(i + j * k) % 30}" for j in range(n)) for k, n in enumerate(row, 1))
     for i, row in enumerate(LENGTHS)
 ]
-MODULES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
+MODULES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "dpo": train_dpo}
 
 
 def parsed(module, **settings):
@@ -60,6 +62,13 @@ def experience(tokenizer, micro):
             draw = torch.randn(32, generator=torch.Generator().manual_seed(seed))
             numbers[name][i] = draw[: batch["mask"].shape[1]] - 3.0 * (name == "old_logp")
     return {**batch, **numbers}
+
+
+def other_policy(*loaded):
+    model, noise = models.load_policy(*loaded), torch.Generator().manual_seed(2)
+    for weight in model.parameters():
+        weight.data += 0.5 * torch.randn(weight.shape, generator=noise)
+    return model
 
 
 def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
@@ -92,14 +101,18 @@ def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
     else:
         module = MODULES[kind]
         args = parsed(module, lr=1e-3, zero_stage=stage, lora_dim=lora_dim, **common)
-        if kind == "sft":
-            model = models.load_policy(paths[0], tokenizer, weights)
-            responses = ("chosen",)
-        else:
+        if kind == "rm":
             model = models.load_scalar(paths[1], tokenizer, weights)
-            responses = ("chosen", "rejected")
+        else:
+            model = models.load_policy(paths[0], tokenizer, weights)
+        responses = ("chosen",) if kind == "sft" else ("chosen", "rejected")
         engines = [engine.train_engine(model, args, "", micro, 10)]
-        run = partial(module.train_step, engines[0], mine(tokenizer, micro, responses))
+        rows = mine(tokenizer, micro, responses)
+        run = partial(module.train_step, engines[0], rows)
+        if kind == "dpo":
+            load = partial(other_policy, paths[0], tokenizer, weights)
+            reference = engine.reference(engines[0], load, args, "")
+            run = partial(module.train_step, engines[0], reference, rows, args)
     before = full(engines[0])
     ema = EMA(engines[0].module, 0.5)
     found = engine.reduce_metrics(run())
@@ -133,7 +146,7 @@ def main():
         for stage in (0, 3) if alone else range(4):
             for micro in (many, one) if stage == 0 else (many,):
                 steps[kind, stage, micro] = take(kind, stage=stage, micro=micro)
-    for kind in ("sft", "ppo"):
+    for kind in ("sft", "ppo", "dpo"):
         for stage in (0,) if alone else (0, 3):
             steps[kind, stage, "lora"] = take(kind, stage=stage, micro=many, lora_dim=2)
     for stage in (0, 1, 3):

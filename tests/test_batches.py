@@ -123,7 +123,6 @@ def test_packed_log_probs_and_gradients_are_those_of_each_row_alone(family):
     torch.manual_seed(0)
     tokenizer, rows = make_tokenizer(), ragged(24)
     policy = AutoModelForCausalLM.from_config(FAMILIES[family](len(tokenizer))).eval()
-    models.check_packing(policy, family)
     padded = batches.collate(tokenizer, list(rows))
     packs = batches.Packs(rows, 64)
     packed = batches.collate_packs(tokenizer, [packs[i] for i in range(len(packs))])
@@ -149,8 +148,9 @@ def test_packed_log_probs_and_gradients_are_those_of_each_row_alone(family):
 def test_a_model_that_attends_across_packed_sequences_is_refused():
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=33, hidden_size=16, n_layer=2, n_head=2)
+    packs = batches.collate_packs(make_tokenizer(), [ragged(4)])
     with pytest.raises(InputError, match="packed sequences would see each other"):
-        models.check_packing(AutoModelForCausalLM.from_config(config), "bloom")
+        models.policy_logprobs(AutoModelForCausalLM.from_config(config), packs)
 
 
 def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):

@@ -258,7 +258,7 @@ def test_messages_follow_the_tokenizers_chat_template():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match="here: the chat template refuses it: roles must alt"):
         rendered("", {"messages": talk}, 1, tokenizer)
-    with pytest.raises(InputError, match="here: a message must be an object with texts role and"):
+    with pytest.raises(InputError, match="here: a message must be texts role and content"):
         rendered("", {"messages": [{"from": "human", "value": "x"}]}, 1)
 
 
@@ -290,7 +290,29 @@ def test_truncation_keeps_the_bos():
     text = (" ".join(f"w{i}" for i in range(20)), " w1 w2 w3")
     assert rows_of(tokenizer, [text], 8)[0]["prompt"] == [2, 20, 21, 22]
     assert rows_of(tokenizer, [text], 64)[0]["prompt"] == [2, *range(3, 23)]
-    assert rows_of(tokenizer, [text, ("w1", " w2")], 64, max_prompt=3)[0]["prompt"] == [2, 4]
+
+
+def test_a_prompt_over_max_prompt_keeps_its_end_and_bos_or_without_responses_is_left_out():
+    tokenizer = make_tokenizer("bos is eos")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    long, short = "w5 w6 w7 w8", "w1"
+    pair = (" w1 w2 w3", " w4")
+    cut, whole = rows_of(tokenizer, [(long, *pair), (short, *pair)], 64, max_prompt=3)
+    assert (
+        cut["prompt"] == [2, 10, 11] and cut["chosen"] == [4, 5, 6, 2] and cut["rejected"] == [7, 2]
+    )
+    assert (cut["length"], cut["cut"]) == (7, True)
+    assert whole["prompt"] == [2, 4] and not whole["cut"]
+    [one] = rows_of(tokenizer, [(long, *pair)], 64, max_prompt=1)
+    assert one["prompt"] == [11]  # no room for bos too
+    [room] = rows_of(tokenizer, [(long, " w1" * 9, " w2")], 8, max_prompt=3)
+    assert (room["prompt"], len(room["chosen"])) == ([2, 10, 11], 5)  # what it leaves is theirs
+    [plain] = rows_of(make_tokenizer(), [(long, *pair)], 64, max_prompt=3)
+    assert plain["prompt"] == [9, 10, 11]
+    [kept] = rows_of(tokenizer, [(long, ""), (short, "")], 64, max_prompt=3)
+    assert kept["prompt"] == [2, 4] and not kept["chosen"]
 
 
 def test_a_tokenizer_that_invents_a_leading_space_does_not_invent_one_in_the_response():
@@ -560,7 +582,8 @@ def _load_in_a_process(args, results):
 
 def test_concurrent_runs_build_one_cache_and_read_whole_rows(tmp_path):
     args = arguments(tmp_path, write_jsonl(tmp_path / "pairs.jsonl", pairs(900)))
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # this process has threads by now
+    context.set_forkserver_preload([__name__])
     results = context.Queue()
     runs = [context.Process(target=_load_in_a_process, args=(args, results)) for _ in range(4)]
     for run in runs:
@@ -577,7 +600,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_read(tmp_path):
     flags = ["--data_path", path, "--data_output_path", str(tmp_path / "cache"), "--phase", "1"]
     command = [sys.executable, "-m", "rlhf.data", *flags, "--data_split", "1,0,0"]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
-    while not list(tmp_path.glob("cache/*/work/*/*/*/*/*.arrow")):  # it has begun to write
+    while not list(tmp_path.glob("cache/*/*/*/*/*/*.arrow")):  # it has begun to write
         time.sleep(0.005)
         assert run.poll() is None
     os.killpg(run.pid, signal.SIGKILL)

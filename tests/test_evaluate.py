@@ -62,7 +62,7 @@ def test_long_prompts_are_left_out_and_not_cut(run):
     assert 30 < page.count("- ppo (") < 70  # about half of the 100 held-out rows
     assert all(len(line.split()) == 2 for line in page.splitlines() if line.startswith("**"))
     code, error = run("--max_prompt_seq_len", "1", "--max_answer_seq_len", "4")
-    assert code == 1 and "0 held-out prompts have at most 1 tokens" in error
+    assert code == 1 and "only 0 held-out prompts fit --max_prompt_seq_len" in error
 
 
 def test_bad_input(run):

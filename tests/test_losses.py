@@ -129,6 +129,36 @@ def test_dpo_label_smoothing_is_the_expected_loss_under_flipped_labels():
     assert smooth.item() == pytest.approx(0.8 * right.item() + 0.2 * wrong.item())
 
 
+def closed_form(kind, h, beta):
+    """A DPO loss of log-ratio difference h, and its slope: plain Python."""
+    if kind == "sigmoid":
+        return math.log1p(math.exp(-beta * h)), -beta / (1 + math.exp(beta * h))
+    if kind == "ipo":
+        return (h - 1 / (2 * beta)) ** 2, 2 * (h - 1 / (2 * beta))
+    return max(0.0, 1 - beta * h), -beta * (beta * h < 1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
+def test_every_kind_of_dpo_is_its_closed_form_with_its_gradient(kind, smoothing):
+    torch.manual_seed(0)
+    parts = 4 * torch.randn(4, 8, dtype=torch.double)
+    parts.requires_grad_()
+    loss, stats = losses.dpo_loss(*parts, 0.2, smoothing, kind)
+    loss.backward()
+    chosen, rejected, ref_chosen, ref_rejected = parts.detach()
+    assert torch.allclose(stats["chosen_reward"], 0.2 * (chosen - ref_chosen))
+    assert torch.allclose(stats["rejected_reward"], 0.2 * (rejected - ref_rejected))
+    total, slopes = 0.0, []
+    for h in (chosen - rejected - ref_chosen + ref_rejected).tolist():
+        (right, down), (wrong, up) = (closed_form(kind, x, 0.2) for x in (h, -h))
+        total += (1 - smoothing) * right + smoothing * wrong
+        slopes.append(((1 - smoothing) * down - smoothing * up) / 8)
+    assert loss.item() == pytest.approx(total / 8, rel=1e-9)
+    signs = torch.tensor([[1.0], [-1.0], [-1.0], [1.0]])
+    assert torch.allclose(parts.grad, signs * torch.tensor(slopes, dtype=torch.double), rtol=1e-9)
+
+
 # KL
 
 

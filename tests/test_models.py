@@ -172,7 +172,7 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
     )
     shape = model_folder(name="shape")
     damage(shape, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
-    assert "model.norm.weight has shape (7,), but its config.json asks for (16,)" in message(
+    assert "model.norm.weight has shape (7,), not (16,)" in message(
         models.load_policy, shape, tokenizer
     )
     extra = model_folder(name="extra")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import train_dpo
 import train_ppo
 import train_rm
 import train_sft
@@ -18,7 +19,7 @@ from rlhf import args as flags
 from rlhf import losses
 from tests.conftest import SHARED, SMALL, metrics, run_script, to_flags, weights, write_jsonl
 
-METRICS = """step score kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
+METRICS = """step score score_std kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
     policy_loss value_loss value_clip_frac explained_variance return_mean advantage_mean
     response_length eos_rate actor_grad_norm critic_grad_norm actor_lr critic_lr seconds
     seconds_generate seconds_score seconds_train tokens_per_second tflops first_ratio_error_max
@@ -262,9 +263,9 @@ def same(one, two, names):
         assert one[name] == pytest.approx(two[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("script,launcher", [(train_sft, "torchrun"), (train_rm, "deepspeed")])
+@pytest.mark.parametrize("script", [train_sft, train_rm, train_dpo])
 def test_two_ranks_with_half_the_batch_take_the_same_step(
-    start, world, call, tmp_path, script, launcher
+    start, world, call, fork, tmp_path, script
 ):
     rows = [
         {
@@ -277,16 +278,22 @@ def test_two_ranks_with_half_the_batch_take_the_same_step(
     ragged = write_jsonl(tmp_path / "ragged.jsonl", rows)
     start.update(data_path=ragged, data_output_path=tmp_path / "cache", max_steps=2)
     one, two = world["out"] / "one", world["out"] / "two"
+    if script is train_dpo:  # what it samples depends on the rank
+        start.update(eval_kl_prompts=0, eval_interval=2)
     assert call(script, **start, per_device_train_batch_size=8, output_dir=one)[0] == 0
 
-    env = {"DS_ACCELERATOR": "cpu"}
-    if launcher == "torchrun":  # no compiler in sight, and nothing that an earlier run compiled
-        env["PATH"] = os.path.dirname(sys.executable)
+    cut = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, output_dir=two)
+    if script is train_sft:  # by torchrun, no compiler in sight, nothing that was compiled before
+        env = {"DS_ACCELERATOR": "cpu", "PATH": os.path.dirname(sys.executable)}
         env["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
-    cut = to_flags(per_device_train_batch_size=2, gradient_accumulation_steps=2, output_dir=two)
-    name = f"{script.__name__}.py"
-    done = run_script(name, *to_flags(**start), *cut, ranks=2, launcher=launcher, env=env)
-    assert done.returncode == 0, done.stderr
+        flags = to_flags(**{**start, **cut})
+        done = run_script("train_sft.py", *flags, ranks=2, launcher="torchrun", env=env)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+    else:
+        run = fork(script.__name__, {**start, **cut}, 2).succeeds()
+        lines = run.read("out0").splitlines()
+        assert not (run.read("out1") + run.read("err0") + run.read("err1")).strip()
     one, two = metrics(one), metrics(two)
     assert [set(row) for row in one] == [set(row) for row in two] and len(one) == 4
     for i in (1, 2):
@@ -294,12 +301,10 @@ def test_two_ranks_with_half_the_batch_take_the_same_step(
     for i in (0, 3):  # evaluations
         same(one[i], two[i], one[i])
     # and the terminal holds our lines only
-    lines = done.stdout.splitlines()
-    assert all(line.startswith(("step ", str(tmp_path))) for line in lines), done.stdout
-    assert launcher == "torchrun" or not done.stderr.strip(), done.stderr
+    assert lines and all(line.startswith(("step ", str(tmp_path))) for line in lines), lines
 
 
-def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, tmp_path):
+def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, fork, tmp_path):
     """--top_k 1 makes the rollouts alike.  Actor under ZeRO-3, critic under ZeRO-2, with EMA."""
     common = dict(top_k=1, max_steps=1, data_output_path=tmp_path / "cache", log_interval=1)
     rates = dict(enable_ema=True, ema_decay=0.5, actor_lr=1e-3, critic_lr=1e-3)
@@ -310,14 +315,7 @@ def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, tmp_p
         gradient_accumulation_steps=2,
     )
     zero = dict(actor_zero_stage=3, critic_zero_stage=2)
-    done = run_script(
-        "train_ppo.py",
-        *to_flags(**ppo("two", **common, **rates, **zero, **cut)),
-        ranks=2,
-        launcher="deepspeed",
-        env={"DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
+    fork("train_ppo", ppo("two", **common, **rates, **zero, **cut), 2).succeeds()
     one, two = world["out"] / "one", world["out"] / "two"
     names = "actor_grad_norm critic_grad_norm value_loss score return_mean explained_variance"
     same(metrics(one)[0], metrics(two)[0], names.split())
@@ -342,7 +340,7 @@ def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, tmp_p
         (train_rm, "--num_train_epochs many", "must be a whole number above 0, not many"),
         (train_rm, "--num_padding_at_beginning 1", "scores are read at the last real token"),
         (train_ppo, "--compute_fp32_loss", "log-probs and losses are always fp32"),
-        (train_ppo, "--actor_dropout=0.0", "step 3 runs without dropout"),
+        (train_ppo, "--actor_dropout=0.0", "other steps none"),
         (train_ppo, "--kl_koef 1", "--kl_koef: no such flag"),
         (train_ppo, "--lam 2", "must be a number from 0 to 1"),
         (train_ppo, "--top_p 0", "must be a number above 0, at most 1"),

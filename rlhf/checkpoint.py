@@ -1,0 +1,90 @@
+"""Checkpoints: a run that was killed and resumed leaves what an uninterrupted one does, to the bit.
+
+OUTPUT_DIR/checkpoints/step<N> is whole or not there: it is renamed when all is on the disk; then
+`latest` names it.  Resume only what you trust: DeepSpeed unpickles its shards."""
+import os, random, shlex, shutil, signal, sys, time
+from pathlib import Path
+import numpy as np
+import torch
+from rlhf import engine
+from rlhf.args import InputError, writing
+from rlhf.log import say, write_text
+
+# Flags that may differ from those that a checkpoint was made with: they do not change a number.
+FREE = """output_dir resume save_interval save_total_limit log_interval log_level local_rank kl_stop
+    deepspeed data_output_path preprocessing_num_workers enable_tensorboard tensorboard_path
+    print_answers_interval""".split()
+
+class Checkpoints:
+    """--resume, --save_interval, --save_total_limit; `step` is the last one that was done."""
+    def __init__(self, args):
+        self.args, self.folder = args, Path(args.output_dir, "checkpoints")
+        self.step, self.stopped, self.start, latest = 0, False, None, self.folder / "latest"
+        found = self.folder / latest.read_text() if latest.exists() else None
+        if found and not args.resume:
+            raise InputError(f"{self.folder} holds a run's checkpoints: give --resume to go on, or "
+                             f"delete them, or choose another --output_dir")
+        if args.resume:
+            self.start = found or latest if args.resume == "latest" else Path(args.resume)
+            if not (self.start / "rank0.pt").exists():
+                raise InputError(f"--resume {args.resume}: there is no checkpoint in {self.start}")
+            saved = torch.load(self.start / "rank0.pt", "cpu", weights_only=False)
+            self.step, then = saved["step"], saved["flags"]
+            other = [f"--{name} {then.get(name)} (now {value})"
+                     for name, value in self._flags().items() if then.get(name) != value]
+            if other:
+                raise InputError(f"--resume: {self.start} was made with {', '.join(other)}: give "
+                                 f"the same flags, or start anew in another --output_dir")
+    def restore(self, engines, ema=None):
+        """Load what __init__ found into the engines {name: engine} and the EMA; from here on a
+        SIGTERM or SIGINT waits for the end of the step, the same one again does not."""
+        self.engines, self.ema = engines, ema
+        if self.start:
+            for name, trained in engines.items():
+                trained.load_checkpoint(str(self.start), name)
+            state = torch.load(self.start / f"rank{engine.rank()}.pt", "cpu", weights_only=False)
+            for shadow, average in zip(ema.shadow if ema else (), state["ema"]):
+                shadow.copy_(average)
+            python, numpy, plain, cuda = state["random"]
+            random.setstate(python), np.random.set_state(numpy)
+            torch.set_rng_state(plain), torch.cuda.set_rng_state_all(cuda)
+        def stop(number, _):
+            signal.signal(number, signal.SIG_IGN)       # a launcher that got it too passes it on
+            time.sleep(1)
+            signal.signal(number, signal.SIG_DFL)
+            self.stopped = True
+        signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, stop)
+    def keep(self, step):
+        """At a step's end: save, if it is time; end the run if any rank got a signal."""
+        stop = engine.anywhere(self.stopped)
+        if stop or self.args.save_interval and step % self.args.save_interval == 0:
+            with writing(f"the checkpoint of step {step} to {self.folder}"):
+                self._save(step)
+        if stop:
+            command = shlex.join(text for text in sys.argv if not text.startswith("--local_rank"))
+            say(f"stopped after step {step}; to go on, start as before: {command} --resume")
+            raise SystemExit(0)
+    def _save(self, step):
+        new = self.folder / ".new"
+        engine.on_rank_zero(lambda: (shutil.rmtree(new, ignore_errors=True), os.makedirs(new)))
+        state = {"step": step, "flags": self._flags(), "ema": self.ema.shadow if self.ema else (),
+                 "random": (random.getstate(), np.random.get_state(), torch.get_rng_state(),
+                            torch.cuda.get_rng_state_all())}
+        torch.save(state, new / f"rank{engine.rank()}.pt")
+        for name, trained in self.engines.items():                        # all ranks wait for all
+            trained.save_checkpoint(str(new), name, save_latest=False)
+        engine.on_rank_zero(lambda: self._publish(new, self.folder / f"step{step}"))
+    def _publish(self, new, final):
+        for path in [*new.rglob("*"), new]:
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file), os.close(file)
+        if not final.exists():                      # else it was made by the same run: it is equal
+            new.rename(final)
+        write_text(self.folder / "latest", final.name)
+        found = sorted(self.folder.glob("step*"), key=os.path.getmtime)
+        for old in found[:-self.args.save_total_limit]:
+            if old != final:
+                shutil.rmtree(old)
+    def _flags(self):
+        ours = {name: value for name, value in vars(self.args).items() if name not in FREE}
+        return {**ours, "ranks": engine.world_size()}
