@@ -85,7 +85,7 @@ def precomputed(policy, rows, collate, tokenizer, args):
     compute = partial(score_pairs, partial(response_logprobs, policy, args=args), rows, collate,
                       args.per_device_eval_batch_size)
     identity = [rows["twin"][:], args.max_seq_len, args.max_prompt_seq_len, policy.module.dtype,
-                cache.fingerprint(args.model_name_or_path), args.length_normalized]
+                cache.fingerprint(args.model_name_or_path), args.length_normalized, args.seed]
     folder = cache.cached(args, tokenizer, identity, partial(_keep), compute)
     return rows.add_column("ref_logp", load_from_disk(folder)["ref_logp"][:])
 
@@ -112,7 +112,6 @@ def main():
             precomputed(policy, rows, to_batch, tokenizer, args) for rows in (train, held_out)]
     else:
         reference = engine.reference(policy, load, args, "")
-
     saved.restore({"policy": policy})
     log = Log(args, total, "loss accuracy margin lr tokens_per_second".split(), policy, saved.step)
     evaluation = partial(evaluate, policy, reference, held_out, to_batch, tokenizer, args)

@@ -150,7 +150,7 @@ def guard(step, metrics, args):
     """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
     kl, ratio = metrics.get("kl", 0), metrics.get("ratio_mean", 1)
     for wrong, reason in (
-            (metrics.get("score_std") == 0 and args.rows * engine.world_size() > 1,
+            (metrics.get("score_std", 1) < 1e-6 and args.rows * engine.world_size() > 1,
              "the reward model scores all responses alike: is it trained, and for such data?"),
             (args.kl_stop and kl > args.kl_stop,
              f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),
@@ -204,9 +204,10 @@ def main():
                                       args)
         sampled = guard(step, engine.reduce_metrics(sampled, step), args)
         updated = ppo_update(actor, critic, experience, args, ema, text)
-        updated = guard(step, engine.reduce_metrics(updated, step, args), args)
+        updated = engine.reduce_metrics(updated, step, args)
         sampled["flops_total"] += updated["flops_total"]
         log.step(step, {**updated, **sampled, **lrs})
+        guard(step, updated, args)
         if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
             log.samples(step, tokenizer, experience)
         saved.keep(step)

@@ -42,7 +42,6 @@ def main():
                                args.max_seq_len, new_head=True)
     model = engine.train_engine(model, args, "", cut[0], total)
     model.eval()                              # no dropout: the scores of a pair are compared
-
     saved.restore({"model": model})
     log = Log(args, total, "loss accuracy margin lr tokens_per_second".split(), model, saved.step)
     evaluation = partial(preferences, partial(models.sequence_scores, model), held_out, to_batch,

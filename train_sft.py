@@ -51,7 +51,6 @@ def main():
     policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
                                 args.max_seq_len)
     policy = engine.train_engine(policy, args, "", cut[0], total)
-
     saved.restore({"policy": policy})
     log = Log(args, total, "loss grad_norm lr tokens_per_second".split(), policy, saved.step)
     evaluation = lambda: {"eval_perplexity": perplexity(

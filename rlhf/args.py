@@ -76,8 +76,8 @@ def run(main):
     """Call a script's main(); bad input ends it with one sentence and exit code 1."""
     try:
         main()
-    except InputError as error:
-        leave(f"{os.path.basename(sys.argv[0])}: error: {error}")
+    except (InputError, KeyboardInterrupt) as error:
+        leave(f"{os.path.basename(sys.argv[0])}: error: {str(error) or 'interrupted'}")
 
 def _number(kind, allowed, wanted):
     def convert(text):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rlhf import engine
-from rlhf.args import InputError, writing
+from rlhf.args import InputError, opened, writing
 from rlhf.log import say, write_text
 
 # Flags that may differ from those that a checkpoint was made with: they do not change a number.
@@ -21,14 +21,14 @@ class Checkpoints:
         self.args, self.folder = args, Path(args.output_dir, "checkpoints")
         self.step, self.stopped, self.start, latest = 0, False, None, self.folder / "latest"
         found = self.folder / latest.read_text() if latest.exists() else None
-        if found and not args.resume:
+        if any(self.folder.glob("step*")) and not args.resume:
             raise InputError(f"{self.folder} holds a run's checkpoints: give --resume to go on, or "
                              f"delete them, or choose another --output_dir")
         if args.resume:
-            self.start = found or latest if args.resume == "latest" else Path(args.resume)
+            self.start = found or self.folder if args.resume == "latest" else Path(args.resume)
             if not (self.start / "rank0.pt").exists():
                 raise InputError(f"--resume {args.resume}: there is no checkpoint in {self.start}")
-            saved = torch.load(self.start / "rank0.pt", "cpu", weights_only=False)
+            saved = self._load(0)
             self.step, then = saved["step"], saved["flags"]
             other = [f"--{name} {then.get(name)} (now {value})"
                      for name, value in self._flags().items() if then.get(name) != value]
@@ -41,8 +41,8 @@ class Checkpoints:
         self.engines, self.ema = engines, ema
         if self.start:
             for name, trained in engines.items():
-                trained.load_checkpoint(str(self.start), name)
-            state = torch.load(self.start / f"rank{engine.rank()}.pt", "cpu", weights_only=False)
+                opened(trained.load_checkpoint, str(self.start), "the checkpoint in", name)
+            state = self._load(engine.rank())
             for shadow, average in zip(ema.shadow if ema else (), state["ema"]):
                 shadow.copy_(average)
             python, numpy, plain, cuda = state["random"]
@@ -61,12 +61,16 @@ class Checkpoints:
             with writing(f"the checkpoint of step {step} to {self.folder}"):
                 self._save(step)
         if stop:
-            command = shlex.join(text for text in sys.argv if not text.startswith("--local_rank"))
+            command = shlex.join(text for text in sys.argv if not text.startswith("--local_rank")
+                                 and text not in ("--resume", self.args.resume))
             say(f"stopped after step {step}; to go on, start as before: {command} --resume")
             raise SystemExit(0)
+    def _load(self, rank):
+        path = str(self.start / f"rank{rank}.pt")
+        return opened(torch.load, path, "the checkpoint in", "cpu", weights_only=False)
     def _save(self, step):
         new = self.folder / ".new"
-        engine.on_rank_zero(lambda: (shutil.rmtree(new, ignore_errors=True), os.makedirs(new)))
+        engine.on_rank_zero(lambda: (shutil.rmtree(new, True), os.makedirs(new)))
         state = {"step": step, "flags": self._flags(), "ema": self.ema.shadow if self.ema else (),
                  "random": (random.getstate(), np.random.get_state(), torch.get_rng_state(),
                             torch.cuda.get_rng_state_all())}
@@ -78,13 +82,12 @@ class Checkpoints:
         for path in [*new.rglob("*"), new]:
             file = os.open(path, os.O_RDONLY)
             os.fsync(file), os.close(file)
-        if not final.exists():                      # else it was made by the same run: it is equal
-            new.rename(final)
-        write_text(self.folder / "latest", final.name)
-        found = sorted(self.folder.glob("step*"), key=os.path.getmtime)
-        for old in found[:-self.args.save_total_limit]:
-            if old != final:
-                shutil.rmtree(old)
+        if final.exists():                          # of a step that a resumed run takes again
+            final.rename(new / "replaced")
+        new.rename(final)
+        write_text(self.folder / "latest", final.name), shutil.rmtree(final / "replaced", True)
+        kept = sorted(self.folder.glob("step*"), key=os.path.getmtime)[-self.args.save_total_limit:]
+        [shutil.rmtree(path) for path in self.folder.glob("step*") if path not in (final, *kept)]
     def _flags(self):
         ours = {name: value for name, value in vars(self.args).items() if name not in FREE}
         return {**ours, "ranks": engine.world_size()}

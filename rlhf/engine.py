@@ -145,7 +145,7 @@ def reference(trained, load, args, name):
     if getattr(args, f"{name}lora_dim") and args.only_optimize_lora:
         return lora.WithoutAdapters(trained)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)              # a fresh model, or row, as the policy got it
+        torch.default_generator.manual_seed(args.seed)      # a fresh model, or row, as the policy's
         return frozen(load(), args, "reference", getattr(args, f"{name}zero_stage"))
 
 def global_denom(masks):

@@ -16,7 +16,7 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
         if "probability tensor" not in str(error):
             raise
         raise InputError("the policy's probabilities are not finite: its weights have diverged, so "
-                         "lower its learning rate and start from an earlier model") from error
+                         "take an earlier model and a lower learning rate") from error
     response = sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
     ends = (response == ids.eos_token_id).int()
     mask = ends.cumsum(1) - ends == 0                     # no end before this token

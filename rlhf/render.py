@@ -1,6 +1,5 @@
 """A raw row -> prompt and responses as texts -> ids."""
 import os, re, string
-from collections import defaultdict
 from functools import partial
 from rlhf.args import InputError
 
@@ -117,7 +116,7 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
     and ends with eos, also when cut.  Of a long row the prompt keeps its end (and bos), half of the
     tokens (at most max_prompt) if it needs them, and responses lose theirs; without responses, a
     longer prompt is left out.  With train_on_prompt only a row's first token is its prompt."""
-    eos, rows = tokenizer.eos_token_id, defaultdict(list)
+    eos, rows = tokenizer.eos_token_id, {name: [] for name in (*texts, "length", "cut")}
     def responses(column):
         both = [prompt + text for prompt, text in zip(texts["prompt"], column)]
         whole = ids_of(tokenizer, both) if any(column) else prompts

@@ -133,6 +133,24 @@ def test_resume_names_what_differs_and_what_is_missing(world, start, fork):
         ), error
     fork("train_sft", {**flags, "resume": folder / "step3", "log_interval": 2}).succeeds()
 
+    # a step that another run saved here is not mistaken for this run's
+    (folder / "latest").unlink()
+    assert "holds a run's checkpoints" in fork("train_sft", {**flags, "lr": 0.5}).error()
+    other = world["out"] / "other"
+    fork("train_sft", {**flags, "lr": 0.5, "output_dir": other, "max_steps": 2}).succeeds()
+    shutil.copytree(other / "checkpoints" / "step2", folder / "step4", dirs_exist_ok=True)
+    fork("train_sft", {**flags, "resume": folder / "step3"}).succeeds()
+    assert torch.load(folder / "step4" / "rank0.pt", weights_only=False)["step"] == 4
+    assert not (folder / "step4" / "replaced").exists()
+
+    # and a damaged one is a sentence
+    with open(folder / "step4" / "rank0.pt", "r+") as file:
+        file.truncate(100)
+    assert "cannot load the checkpoint in" in fork("train_sft", {**flags, "resume": True}).error()
+    shutil.rmtree(folder / "step3" / "policy")
+    damaged = {**flags, "resume": folder / "step3"}
+    assert "cannot load the checkpoint in" in fork("train_sft", damaged).error()
+
 
 # signals and the launcher
 

@@ -759,3 +759,13 @@ def test_the_other_real_rows(name, rows):
     made = [rendered("", row, phase) for row, _ in files.read(str(SHARED / name), 1234)[0]]
     assert len(made) == rows and sum(reason == "used" for reason, *_ in made) > 0.99 * rows
     assert name != "sharegpt_vicuna" or all("USER:" not in prompt for _, prompt, *_ in made)
+
+
+def test_a_thousand_rows_in_a_row_that_are_dropped_are_counted(tmp_path):
+    """A batch of the tokenising map in which no row is left."""
+    long = [{"prompt": f"w{i % 30} " * 30, "response": " w1"} for i in range(1500)]
+    short = [{"prompt": f"w{i % 30} w{i // 30}", "response": " w1"} for i in range(600)]
+    path = write_jsonl(tmp_path / "rows.jsonl", long + short)
+    args = arguments(tmp_path, path, data_split="0,0,1", dedup_prompts=False)
+    train, _ = data.load(args, make_tokenizer(), 3, max_prompt=8)
+    assert 400 < len(train) < 600 and max(train["length"]) <= 8
