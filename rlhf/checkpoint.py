@@ -20,8 +20,9 @@ class Checkpoints:
     def __init__(self, args):
         self.args, self.folder = args, Path(args.output_dir, "checkpoints")
         self.step, self.stopped, self.start, latest = 0, False, None, self.folder / "latest"
-        found = self.folder / latest.read_text() if latest.exists() else None
-        if any(self.folder.glob("step*")) and not args.resume:
+        found = self.folder / latest.read_text() if latest.exists() else \
+            max(self.folder.glob("step*"), key=os.path.getmtime, default=None)
+        if found and not args.resume:
             raise InputError(f"{self.folder} holds a run's checkpoints: give --resume to go on, or "
                              f"delete them, or choose another --output_dir")
         if args.resume:
@@ -88,6 +89,5 @@ class Checkpoints:
         write_text(self.folder / "latest", final.name), shutil.rmtree(final / "replaced", True)
         kept = sorted(self.folder.glob("step*"), key=os.path.getmtime)[-self.args.save_total_limit:]
         [shutil.rmtree(path) for path in self.folder.glob("step*") if path not in (final, *kept)]
-    def _flags(self):
-        ours = {name: value for name, value in vars(self.args).items() if name not in FREE}
-        return {**ours, "ranks": engine.world_size()}
+    _flags = lambda self: {"ranks": engine.world_size(), **{
+        name: value for name, value in vars(self.args).items() if name not in FREE}}

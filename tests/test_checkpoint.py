@@ -60,7 +60,7 @@ def same_as_uninterrupted(fork, script, settings, ranks, deaths):
         assert finished or run.codes()[0] == -signal.SIGKILL, run.read("err0")
         with open(cut / "metrics.jsonl", "a") as file:
             file.write('{"step": 1, "lo')
-        if (cut / "checkpoints" / "latest").exists():
+        if any((cut / "checkpoints").glob("step*")):
             settings["resume"] = True
     fork(script, settings, ranks).succeeds()
     assert kept(cut) == kept(whole) and kept(cut)[1]
@@ -71,7 +71,7 @@ def test_sft_with_dropout_killed_anywhere_leaves_the_same_bytes(world, start, fo
     start["model_name_or_path"] = model_folder("opt", name="opt", dropout=0.1)
     start.update(output_dir=world["out"], max_steps=8, eval_interval=3, lr=1e-2)
     deaths = [["save", 1, False], ["rename", 1, True], ["replace", 3, False], ["fsync", 6, False]]
-    deaths += [["rename", 1, True], ["rmtree", 2, False], None, ["save_model", 1, False]]
+    deaths += [["rmtree", 2, False], None, ["save_model", 1, False]]
     cut = same_as_uninterrupted(fork, "train_sft", start, 1, deaths)
     fork("train_sft", {**start, "output_dir": world["out"] / "again"}).succeeds()
     assert kept(world["out"] / "again") == kept(cut)
