@@ -10,8 +10,8 @@ REMOVED = {flag: answer for flags, answer in {
     "compute_fp32_loss": "log-probs and losses are always fp32: drop it",
     "dropout actor_dropout critic_dropout": "step 1 has the model's own, other steps none: drop it",
     "enable_test_mode test_stop_step": "use --max_steps N",
-    "print_loss": "every step's loss is in metrics.jsonl", "print_answers": "use "
-    "--print_answers_interval N",
+    "print_loss": "every step's loss is in metrics.jsonl: drop it",
+    "print_answers": "use --print_answers_interval N",
     "eval_iters": "the evaluation covers all held-out rows; --max_eval_rows N cuts it",
     "enable_hybrid_engine inference_tp_size tp_gather_partition_size unpin_actor_parameters "
     "release_inference_cache": "rollouts have no hybrid engine: drop it",
