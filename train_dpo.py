@@ -10,8 +10,7 @@ from functools import partial
 from itertools import islice
 import torch
 from datasets import Dataset, load_from_disk
-from rlhf import args as flags
-from rlhf import batches, cache, data, engine, models
+from rlhf import args as flags, batches, cache, data, engine, models
 from rlhf.checkpoint import Checkpoints
 from rlhf.evaluate import log_ratios, pair_statistics, preferences, score_pairs
 from rlhf.generate import sample
@@ -86,18 +85,15 @@ def precomputed(policy, rows, collate, tokenizer, args):
                       args.per_device_eval_batch_size)
     identity = [rows["twin"][:], args.max_seq_len, args.max_prompt_seq_len, policy.module.dtype,
                 cache.fingerprint(args.model_name_or_path), args.length_normalized, args.seed]
-    folder = cache.cached(args, tokenizer, identity, partial(_keep), compute)
+    keep = lambda to, pairs: Dataset.from_dict({"ref_logp": pairs.tolist()}).save_to_disk(to)
+    folder = cache.cached(args, tokenizer, identity, partial(keep), compute)
     return rows.add_column("ref_logp", load_from_disk(folder)["ref_logp"][:])
-
-def _keep(folder, pairs):
-    Dataset.from_dict({"ref_logp": pairs.tolist()}).save_to_disk(folder)
 
 def main():
     args = parse()
     flags.check_made(args.model_name_or_path, "train_sft.py", "--model_name_or_path")
     engine.init(args)
     saved = Checkpoints(args)
-
     tokenizer = models.load_tokenizer(args.model_name_or_path, args)
     train, held_out = data.load(args, tokenizer, 2, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=("chosen", "rejected"))
@@ -115,16 +111,13 @@ def main():
     saved.restore({"policy": policy})
     log = Log(args, total, "loss accuracy margin lr tokens_per_second".split(), policy, saved.step)
     evaluation = partial(evaluate, policy, reference, held_out, to_batch, tokenizer, args)
-    if not saved.step:
-        log.evaluation(0, evaluation())
-    for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
-                                                       args.group_by_length, saved.step):
+    saved.step or log.evaluation(0, evaluation())
+    for step, micro_batches in batches.steps(args, train, to_batch, cut, total, saved.step):
         lr, metrics = policy.get_lr()[0], train_step(policy, reference, micro_batches, args)
         log.step(step, {**engine.reduce_metrics(metrics, step, args), "lr": lr})
         if step % (args.eval_interval or -(-total // 5)) == 0 or step == total:
             log.evaluation(step, evaluation())
         saved.keep(step)
-
     engine.save(policy, tokenizer, args.output_dir)
 
 if __name__ == "__main__":

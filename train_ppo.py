@@ -11,12 +11,11 @@ which samples responses and scores them, and a PPO update on it.  Shapes as in r
 import time
 from functools import partial
 import torch
-from rlhf import args as flags
-from rlhf import batches, data, engine, models
+from rlhf import args as flags, batches, data, engine, models
 from rlhf.args import count, fraction, non_negative, open_fraction, positive, positive_int, share
 from rlhf.checkpoint import Checkpoints
 from rlhf.ema import EMA
-from rlhf.generate import finished, sample
+from rlhf.generate import sample
 from rlhf.log import Log, say, work
 from rlhf.losses import (gae, kl_estimate, masked_mean, masked_moments, policy_loss,
                          shaped_rewards, value_loss, whiten)
@@ -84,10 +83,9 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
         batch["score"] = models.sequence_scores(reward_model, batch)                        # (B,)
     batch = models.stack(batches, tokenizer.pad_token_id)
-    mask, logp, ref_logp, values = map(batch.get, ("mask", "old_logp", "ref_logp", "old_values"))
-    ended = finished(batch, tokenizer.eos_token_id)
-    # Clipped here, because the penalty must not be lost in the clip.
-    score = batch["score"].clamp(-args.clip_reward, args.clip_reward)
+    names = ("mask", "ended", "old_logp", "ref_logp", "old_values")
+    mask, ended, logp, ref_logp, values = map(batch.get, names)
+    score = batch["score"].clamp(-args.clip_reward, args.clip_reward)       # but not the penalty
     score = score - args.missing_eos_penalty * ~ended
     rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_coef, float("inf"),
                              args.kl_estimator)
@@ -182,13 +180,11 @@ def main():
     flags.check_made(scores, "train_rm.py", "--critic_model_name_or_path")
     engine.init(args)
     saved = Checkpoints(args)
-
     tokenizer = models.load_tokenizer(start, args)
     models.check_same_vocabulary(start, tokenizer, scores)
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
-    cut, _, total = batches.plan(args, train, "per_device_generation_batch_size",
-                                 args.generation_batches)
+    cut, _, total = batches.plan(args, train, "generation", args.generation_batches)
     updates = args.ppo_epochs * args.rows // args.per_device_training_batch_size
     text = batches.text_stream(args, tokenizer, saved.step * updates)
 
@@ -197,8 +193,7 @@ def main():
     saved.restore({"actor": actor, "critic": critic}, ema)
     shown = "score kl response_length eos_rate ratio_max clip_frac explained_variance seconds"
     log = Log(args, total, shown.split(), actor, saved.step)
-    for step, prompts in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
-                                                 done=saved.step):
+    for step, prompts in batches.steps(args, train, to_batch, cut, total, saved.step):
         lrs = {"actor_lr": actor.get_lr()[0], "critic_lr": critic.get_lr()[0]}
         experience, sampled = rollout(actor, reference, critic, reward_model, prompts, tokenizer,
                                       args)
@@ -211,7 +206,6 @@ def main():
         if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
             log.samples(step, tokenizer, experience)
         saved.keep(step)
-
     engine.save(actor, tokenizer, f"{args.output_dir}/actor")
     engine.save(critic, tokenizer, f"{args.output_dir}/critic")
     if ema is not None:

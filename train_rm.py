@@ -4,8 +4,7 @@
     deepspeed --num_gpus 8 train_rm.py --model_name_or_path facebook/opt-350m \\
         --data_path Dahoas/rm-static --learning_rate 5e-5 --weight_decay 0.1 --zero_stage 2"""
 from functools import partial
-from rlhf import args as flags
-from rlhf import batches, data, engine, models
+from rlhf import args as flags, batches, data, engine, models
 from rlhf.checkpoint import Checkpoints
 from rlhf.evaluate import pair_statistics, preferences
 from rlhf.log import Log, work
@@ -32,7 +31,6 @@ def main():
     args = parse()
     engine.init(args)
     saved = Checkpoints(args)
-
     tokenizer = models.load_tokenizer(args.model_name_or_path, args)
     train, held_out = data.load(args, tokenizer, 2)
     to_batch = partial(batches.collate, tokenizer, responses=("chosen", "rejected"))
@@ -46,16 +44,13 @@ def main():
     log = Log(args, total, "loss accuracy margin lr tokens_per_second".split(), model, saved.step)
     evaluation = partial(preferences, partial(models.sequence_scores, model), held_out, to_batch,
                          args.per_device_eval_batch_size, "score")
-    if not saved.step:
-        log.evaluation(0, evaluation())
-    for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
-                                                       args.group_by_length, saved.step):
+    saved.step or log.evaluation(0, evaluation())
+    for step, micro_batches in batches.steps(args, train, to_batch, cut, total, saved.step):
         lr, metrics = model.get_lr()[0], train_step(model, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics, step, args), "lr": lr})
         if step % (args.eval_interval or epoch) == 0 or step == total:
             log.evaluation(step, evaluation())
         saved.keep(step)
-
     engine.save(model, tokenizer, args.output_dir)
 
 if __name__ == "__main__":

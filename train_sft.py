@@ -4,8 +4,7 @@
     deepspeed --num_gpus 8 train_sft.py --model_name_or_path facebook/opt-1.3b \\
         --data_path Dahoas/rm-static --learning_rate 9.65e-6 --num_train_epochs 16 --zero_stage 2"""
 from functools import partial
-from rlhf import args as flags
-from rlhf import batches, data, engine, models
+from rlhf import args as flags, batches, data, engine, models
 from rlhf.checkpoint import Checkpoints
 from rlhf.evaluate import perplexity
 from rlhf.log import Log, work
@@ -39,7 +38,6 @@ def main():
     args = parse()
     engine.init(args)
     saved = Checkpoints(args)
-
     tokenizer = models.load_tokenizer(args.model_name_or_path, args)
     train, held_out = data.load(args, tokenizer, 1)
     to_batch = to_eval_batch = partial(batches.collate, tokenizer)
@@ -55,16 +53,13 @@ def main():
     log = Log(args, total, "loss grad_norm lr tokens_per_second".split(), policy, saved.step)
     evaluation = lambda: {"eval_perplexity": perplexity(
         policy, held_out, to_eval_batch, args.per_device_eval_batch_size)}
-    if not saved.step:
-        log.evaluation(0, evaluation())
-    for step, micro_batches in batches.optimizer_steps(train, to_batch, *cut, args.seed, total,
-                                                       args.group_by_length, saved.step):
+    saved.step or log.evaluation(0, evaluation())
+    for step, micro_batches in batches.steps(args, train, to_batch, cut, total, saved.step):
         lr, metrics = policy.get_lr()[0], train_step(policy, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics, step, args), "lr": lr})
         if step % (args.eval_interval or epoch) == 0 or step == total:
             log.evaluation(step, evaluation())
         saved.keep(step)
-
     engine.save(policy, tokenizer, args.output_dir)
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] ar
 import argparse, contextlib, os, re, sys, tempfile, time
 
 SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
-# DeepSpeed-Chat's flags that we do without, and what to use instead.
-REMOVED = {flag: answer for flags, answer in {
+REMOVED = {flag: answer for flags, answer in {             # DeepSpeed-Chat's; what to use instead
     "num_padding_at_beginning": "scores are read at the last real token: drop it",
     "compute_fp32_loss": "log-probs and losses are always fp32: drop it",
     "dropout actor_dropout critic_dropout": "step 1 has the model's own, other steps none: drop it",

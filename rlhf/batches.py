@@ -7,9 +7,10 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf import cache, engine, files, render
 from rlhf.args import InputError
 
-def plan(args, units, flag="per_device_train_batch_size", accumulation=None):
+def plan(args, units, kind="train", accumulation=None):
     """-> (rows of a micro-batch, micro-batches of a step), optimizer steps of an epoch, of the run.
     InputError when the units do not fill a single step."""
+    flag = f"per_device_{kind}_batch_size"
     cut = (getattr(args, flag), accumulation or args.gradient_accumulation_steps)
     span = cut[0] * cut[1] * engine.world_size()
     if len(units) < span:
@@ -17,18 +18,16 @@ def plan(args, units, flag="per_device_train_batch_size", accumulation=None):
                          f"(batch x accumulation x ranks): lower --{flag} or add data")
     return cut, len(units) // span, args.max_steps or len(units) // span * args.num_train_epochs
 
-def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_length=False,
-                    done=0):
+def steps(args, units, collate, cut, total, done=0):
     """Yields (step, list of micro-batches) for step done+1..total; a unit is a row or a pack.  Over
     the ranks a step covers the same units however it is cut.  Every epoch has its own order and
-    leaves out another tail.  by_length: rows are sorted within stretches of 50 steps, and the
-    steps shuffled."""
-    world = engine.world_size()
-    span, step = batch_size * accumulation * world, done
+    leaves out another tail.  --group_by_length: within 50 steps rows are sorted; steps shuffled."""
+    world, by_length = engine.world_size(), getattr(args, "group_by_length", False)
+    span, step = cut[0] * cut[1] * world, done
     lengths = torch.as_tensor(cache.column(units, "length")) if by_length else None
     while step < total:
         epoch, begun = divmod(step, len(units) // span)
-        shuffle = torch.Generator().manual_seed(seed + epoch)
+        shuffle = torch.Generator().manual_seed(args.seed + epoch)
         order = torch.randperm(len(units), generator=shuffle)[:len(units) // span * span]
         if by_length:
             stretches = [part[lengths[part].argsort()] for part in order.split(50 * span)]
@@ -37,7 +36,7 @@ def optimizer_steps(units, collate, batch_size, accumulation, seed, total, by_le
         for whole in order.split(span)[begun:begun + total - step]:
             step += 1
             yield step, [collate([units[j] for j in part.tolist()])
-                         for part in whole[engine.rank()::world].split(batch_size)]
+                         for part in whole[engine.rank()::world].split(cut[0])]
 
 def eval_batches(rows, collate, batch_size):
     """This rank's share of the rows, as many as all others': engine.gather_rows drops repeats."""
@@ -105,10 +104,9 @@ def text_stream(args, tokenizer, done=0):
     build = partial(_build_texts, path, length, args, tokenizer)
     identity = [cache.fingerprint(path), length, args.seed]
     packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
-    cut, *_ = plan(args, packs, "per_device_training_batch_size", 1)
-    steps = optimizer_steps(packs, partial(collate_packs, tokenizer), *cut, args.seed, 1 << 62,
-                            done=done)
-    return (micro_batch for _, [micro_batch] in steps)
+    cut, *_ = plan(args, packs, "training", 1)
+    endless = steps(args, packs, partial(collate_packs, tokenizer), cut, 1 << 62, done)
+    return (micro_batch for _, [micro_batch] in endless)
 
 def _build_texts(path, length, args, tokenizer, folder):
     def blocks(texts):

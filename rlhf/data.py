@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import numpy as np
 from datasets import DatasetDict, concatenate_datasets, load_from_disk
-from rlhf import args as flags
-from rlhf import cache, engine, files, models, render
+from rlhf import args as flags, cache, engine, files, models, render
 from rlhf.args import InputError, split_shares
 from rlhf.log import say
 
@@ -58,8 +57,7 @@ DATASETS = {
     **dict.fromkeys(("Dahoas/rm-static", "Dahoas/full-hh-rlhf",
                      "HuggingFaceH4/ultrafeedback_binarized"), Layout(*PAIR)),
     "Dahoas/synthetic-instruct-gptj-pairwise": Layout(ask("prompt"), " {chosen}", " {rejected}"),
-    "yitingxie/rlhf-reward-datasets": Layout("{prompt}Assistant:", "{chosen}", "{rejected}",
-                                             fix=_last_answer),
+    "yitingxie/rlhf-reward-datasets": Layout("{prompt}Assistant:", *PAIR[1:], fix=_last_answer),
     "openai/webgpt_comparisons": Layout(ask("question[full_text]"), " {answer_0}", " {answer_1}",
                                         fix=_webgpt),
     "stanfordnlp/SHP": Layout(ask("history"), " {human_ref_A}", " {human_ref_B}", fix=_shp),

@@ -7,9 +7,8 @@ The first model is the baseline of win rates, KL, best-of-n.  The toy world know
 import math
 from functools import partial
 import torch
-from rlhf import args as flags
-from rlhf import batches, data, engine, models, toy
-from rlhf.generate import finished, sample
+from rlhf import args as flags, batches, data, engine, models, toy
+from rlhf.generate import sample
 from rlhf.log import write_json, write_text
 
 COLUMNS = {"score": "score", "win_rate": "win rate", "kl": "KL", "response_length": "length",
@@ -48,8 +47,7 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
         batch = sample(policy, batch, args.max_answer_seq_len, args.temperature)
         parts.append({"score": models.sequence_scores(reward_model, batch),
                       "kl": log_ratios(policy, baseline, batch, args.temperature).sum(1),
-                      "length": batch["mask"].sum(1),
-                      "ended": finished(batch, tokenizer.eos_token_id)})
+                      "length": batch["mask"].sum(1), "ended": batch["ended"]})
         texts += [tokenizer.decode(ids[mask], skip_special_tokens=True)
                   for ids, mask in zip(batch["response_ids"], batch["mask"])]
     return {**{name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}, "text": texts}

@@ -1,28 +1,65 @@
-"""Sampling from the policy."""
+"""Sampling from the policy, one forward a token, and what makes that fast."""
+from functools import partial
 import torch
+from transformers import Cache, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 from rlhf.args import InputError
+from rlhf.models import positions
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
-    Returns them with `response_ids` and `mask` (B, R), R the longest response drawn.  The mask ends
-    with the first end-of-sequence token.  Always samples: of an argmax the ratio means nothing."""
-    ids = model.generation_config                          # says no more than these: models.py
-    try:
-        sequences = model.eval().generate(
-            prompts["prompt_ids"], attention_mask=prompts["prompt_mask"].long(), do_sample=True,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise InputError("the policy's probabilities are not finite: its weights have diverged, so "
-                         "take an earlier model and a lower learning rate") from error
-    response = sequences[:, prompts["prompt_ids"].shape[1]:]                            # (B, R)
-    ends = (response == ids.eos_token_id).int()
-    mask = ends.cumsum(1) - ends == 0                     # no end before this token
-    return {**prompts, "response_ids": response.masked_fill(~mask, ids.pad_token_id), "mask": mask}
+    Returns them with `response_ids` and `mask` (B, R), R the longest response drawn, and `ended`
+    (B,): did it end by itself?  The mask ends with the first end-of-sequence token.  Always
+    samples: of an argmax the ratio means nothing."""
+    config, ids, seen = model.eval().config, prompts["prompt_ids"], prompts["prompt_mask"].long()
+    response = ids.new_full((len(ids), max_new_tokens), config.pad_token_id)
+    mask, going = torch.zeros_like(response, dtype=torch.bool), torch.arange(len(ids)).to(ids)
+    uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
+    cache = Cache(layer_class_to_replicate=partial(Room, seen.shape[1] + max_new_tokens))
+    for t in range(max_new_tokens):
+        if not len(going):
+            break
+        here = {name: at[:, -ids.shape[1]:] for name, at in positions(model, seen).items()}
+        logits = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True,
+                       logits_to_keep=1, **here).logits[:, -1]                              # (b, V)
+        token = draw(logits, uniform[going, t], temperature, top_p, top_k)
+        response[going, t], mask[going, t] = token, True
+        stay = (token != config.eos_token_id).nonzero()[:, 0]
+        if len(stay) < len(going):                                # finished rows leave the batch
+            going, token, seen = going[stay], token[stay], seen[stay]
+            for layer in cache.layers:
+                layer.batch_select_indices(stay)
+        ids, seen = token[:, None], torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+    longest = mask.any(0).sum()
+    return {**prompts, "response_ids": response[:, :longest], "mask": mask[:, :longest],
+            "ended": mask.any(1).index_fill(0, going, False)}
 
-def finished(batch, eos_token_id):
-    """(B,) bool: the response ended by itself, not at the length limit."""
-    last = batch["mask"].sum(1, keepdim=True) - 1
-    return batch["response_ids"].gather(1, last).squeeze(1) == eos_token_id
+def draw(logits, uniform, temperature, top_p, top_k):
+    """A token a row of logits (B, V): where its distribution function passes `uniform` (B,), one
+    random number from [0, 1) a row; torch.multinomial takes V of them."""
+    logits = logits.float() / temperature
+    logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    passed = logits.softmax(1).double().cumsum(1)                                           # (B, V)
+    if not passed[:, -1].isfinite().all():
+        raise InputError("the policy's probabilities are not finite: its weights have diverged, so "
+                         "take an earlier model and a lower learning rate")
+    return torch.searchsorted(passed, (uniform * passed[:, -1])[:, None], right=True)[:, 0]
+
+class Room(DynamicLayer):
+    """A layer's keys and values, with room for all: concatenation would copy them at each token."""
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+    def update(self, key_states, value_states, *_, **__):
+        new, start = (key_states, value_states), self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.room = [x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in new]
+        for room, x in zip(self.room, new):
+            room[:, :, start:start + x.shape[2]] = x
+        self.keys, self.values = (room[:, :, :start + key_states.shape[2]] for room in self.room)
+        return self.keys, self.values
+    def batch_select_indices(self, indices):
+        self.room = [room[indices] for room in self.room]

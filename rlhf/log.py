@@ -73,7 +73,6 @@ def write_text(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
-
 write_json = lambda path, value: write_text(path, json.dumps(value, indent=2))
 
 def work(batches, passes):

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from rlhf.args import InputError
+layers = lambda model: {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 class LoRA(nn.Module):
     """A Linear or GPT-2's Conv1D, with an adapter of this rank."""
@@ -38,8 +39,6 @@ def add(model, rank, alpha, modules, only):
     for name, base in chosen.items():
         base.weight.requires_grad_(False)
         model.set_submodule(name, LoRA(base, rank, alpha or 2 * rank))
-
-layers = lambda model: {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 class WithoutAdapters:
     """A trained engine as it was before its adapters, to be called as any model is."""

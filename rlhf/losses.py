@@ -11,8 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# In half precision a ratio of probabilities is off by whole percents.
-_wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
+_wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))     # half: ratios off by 1 %
 
 def token_logprobs(logits, ids, temperature=1.0):
     """Log-probability of each token under softmax(logits / temperature).

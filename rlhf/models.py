@@ -11,6 +11,8 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 from rlhf import lora, toy
 from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
+_join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),     # (B, P + R)
+                       torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
 
 def load_tokenizer(path, args=None):
     """The tokenizer of a folder or hub id ("toy": the embedded world's), whose eos is the
@@ -68,7 +70,7 @@ class ScalarModel(nn.Module):
         """(B, T), (B, T) -> (B, T) fp32: the head's output after each token."""
         backbone = self.classifier.base_model
         hidden = backbone(input_ids, attention_mask=attention_mask, use_cache=False,
-                          **_positions(backbone, attention_mask))[0]                    # (B, T, d)
+                          **positions(backbone, attention_mask))[0]                    # (B, T, d)
         return self.classifier.score(hidden).squeeze(-1)
 
 def policy_logprobs(model, batch, temperature=1.0):
@@ -77,7 +79,7 @@ def policy_logprobs(model, batch, temperature=1.0):
     ids, mask = _join(batch)
     net, keep = getattr(model, "module", model), batch["mask"].shape[1] + 1
     inputs = _apart(net, batch["position_ids"]) if "position_ids" in batch else \
-        {"attention_mask": mask, **_positions(net, mask)}
+        {"attention_mask": mask, **positions(net, mask)}
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep, **inputs).logits[:, :-1]
     return token_logprobs(logits, batch["response_ids"], temperature)           # of (B, R, V)
 
@@ -128,10 +130,7 @@ def check_same_vocabulary(path, tokenizer, other_path):
         raise InputError(f"responses end with {tokenizer.eos_token} for {path}, {other.eos_token} "
                          f"for {other_path}: give all steps the same --end_of_conversation_token")
 
-_join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),     # (B, P + R)
-                       torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
-
-def _positions(model, mask):
+def positions(model, mask):
     """Position ids that follow the mask, for models that take them (those with ALiBi do not)."""
     known = "position_ids" in inspect.signature(model.forward).parameters
     return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if known else {}
@@ -139,7 +138,7 @@ def _positions(model, mask):
 def _apart(model, position_ids):
     """Position ids that start again with each sequence of a row, and the mask that keeps them
     apart: explicit, since not every family would infer it.  InputError if the model takes none."""
-    if not _positions(model, position_ids):
+    if not positions(model, position_ids):
         raise InputError(f"packed sequences would see each other in a {type(model).__name__}: do "
                          f"without --packing or --unsupervised_dataset_name")
     sequence, dtype = (position_ids == 0).cumsum(1), next(model.parameters()).dtype         # (B, T)

@@ -32,9 +32,8 @@ def all_steps(monkeypatch, world, units, batch, accumulation, total, by_length=F
     for rank in range(world):
         monkeypatch.setattr(engine, "rank", lambda: rank)
         monkeypatch.setattr(engine, "world_size", lambda: world)
-        for step, parts in batches.optimizer_steps(
-            units, list, batch, accumulation, 7, total, by_length
-        ):
+        args = argparse.Namespace(seed=7, group_by_length=by_length)
+        for step, parts in batches.steps(args, units, list, (batch, accumulation), total):
             assert [len(part) for part in parts] == [batch] * accumulation
             seen.setdefault(step, []).extend(parts)
     return seen

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from rlhf import batches, models
-from rlhf.generate import finished, sample
+from rlhf import batches, generate, models
+from rlhf.args import InputError
+from rlhf.generate import sample
 from tests.conftest import FAMILIES
 
 
@@ -32,7 +33,7 @@ def test_the_mask_ends_with_the_first_end_of_sequence_token(policy, family, spec
     model, tokenizer = policy(family, specials)
     torch.manual_seed(0)
     batch = sample(model, prompts(tokenizer, *[[3, 4, 5], [6]] * 100), 20)
-    ended = finished(batch, tokenizer.eos_token_id)
+    ended = batch["ended"]
     assert 0.02 < ended.float().mean() < 0.98
     for ids, mask, end in zip(batch["response_ids"], batch["mask"], ended):
         length = mask.sum().item()
@@ -72,25 +73,75 @@ def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_and_training_agree_on_the_log_probs(policy, family):
-    """The decoder's own scores of what it sampled, left-padded, against the training forward: a
-    masked bos or shifted positions would show here."""
+def test_sampling_and_training_agree_on_the_log_probs(policy, family, monkeypatch):
+    """The decoder's own log-probs of what it drew, left-padded, while rows leave the batch, against
+    the training forward: a masked bos, shifted positions, another row's cache would show here."""
     model, tokenizer = policy(family, "bos is eos")
-    batch = prompts(tokenizer, [2, 3, 4, 5, 6], [2, 7], [8, 9, 10])
+    rows = [[2, 3, 4, 5, 6], [2, 7], [8, 9, 10]] * 8
+    seen, draw = [], generate.draw
+
+    def recorded(logits, uniform, *rest):
+        logits[:, tokenizer.eos_token_id] += 2  # so that most of them end early
+        token = draw(logits, uniform, *rest)
+        seen.append((logits.log_softmax(1).gather(1, token[:, None])[:, 0], token))
+        return token
+
+    monkeypatch.setattr(generate, "draw", recorded)
     torch.manual_seed(0)
-    out = model.generate(
-        batch["prompt_ids"],
-        attention_mask=batch["prompt_mask"].long(),
-        max_new_tokens=6,
-        top_k=0,
-        do_sample=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    torch.manual_seed(0)
-    drawn = sample(model, batch, 6)
-    response = out.sequences[:, 5:]
-    assert torch.equal(drawn["response_ids"][drawn["mask"]], response[drawn["mask"]])
-    scores = torch.stack(out.logits, 1).log_softmax(2).gather(2, response[..., None]).squeeze(2)
-    logp = models.policy_logprobs(model, drawn)
-    assert torch.allclose(logp[drawn["mask"]], scores[drawn["mask"]], atol=1e-5)
+    batch = sample(model, prompts(tokenizer, *rows), 12)
+    lengths = batch["mask"].sum(1)
+    assert len({*lengths.tolist()}) > 2 and batch["ended"].any()
+    logits = []
+    monkeypatch.setattr(models, "token_logprobs", lambda x, *_: logits.append(x.clone()) or x)
+    models.policy_logprobs(model, batch)
+    logits[0][..., tokenizer.eos_token_id] += 2
+    expected = logits[0].log_softmax(2).gather(2, batch["response_ids"][..., None])[..., 0]
+    assert len(seen) == batch["mask"].shape[1] == lengths.max()
+    for t, (logp, token) in enumerate(seen):
+        alive = lengths > t  # the rows that are still in the batch, in their order
+        assert torch.equal(token, batch["response_ids"][alive, t])
+        assert torch.allclose(logp, expected[alive, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_response_does_not_depend_on_the_batch_its_prompt_sits_in(policy, family, monkeypatch):
+    model, tokenizer = policy(family)
+    rows = [[3, 4, 5], [6], [7, 8, 9, 3, 4], [5, 5]]
+    uniform = torch.rand(4, 10, dtype=torch.double)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: uniform)
+    together = sample(model, prompts(tokenizer, *rows), 10)
+    for i, row in enumerate(rows):
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: uniform[i : i + 1])
+        alone = sample(model, prompts(tokenizer, row), 10)
+        length = alone["mask"].sum()
+        assert torch.equal(alone["response_ids"][0], together["response_ids"][i, :length])
+        assert together["mask"][i].sum() == length and together["ended"][i] == alone["ended"][0]
+
+
+def test_a_token_is_drawn_where_the_distribution_function_passes_the_number():
+    """By hand: probabilities 1/2, 0, 1/4, 1/4, so the function jumps at 0, 1/2 and 3/4."""
+    logits = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log()
+    for number, token in ((0, 0), (0.499, 0), (0.5, 2), (0.749, 2), (0.75, 3), (1 - 2**-53, 3)):
+        uniform = torch.tensor([number], dtype=torch.double)
+        assert generate.draw(logits, uniform, 1.0, 1.0, 0).tolist() == [token]
+    square = torch.tensor([0.6], dtype=torch.double)  # temperature 1/2: 2/3, 0, 1/6, 1/6
+    assert generate.draw(logits, square, 0.5, 1.0, 0).tolist() == [0]
+    assert generate.draw(logits, square, 1.0, 1.0, 1).tolist() == [0]  # top-k
+    assert generate.draw(logits, square, 1.0, 0.4, 0).tolist() == [0]  # top-p
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should_be():
+    """Behind 50,000 tokens that hold nearly all, one of probability 1e-7, less than the steps of
+    an fp32 distribution function near 1."""
+    probs = torch.full((1, 50001), (1 - 1e-7) / 50000)
+    probs[0, -1] = 1e-7
+    edge = torch.tensor([1 - 1.2e-7, 1 - 0.8e-7], dtype=torch.double)
+    drawn = generate.draw(probs.log().expand(2, -1), edge, 1.0, 1.0, 0)
+    assert drawn[0] != 50000 and drawn[1] == 50000
+
+
+def test_probabilities_that_are_not_finite_are_one_sentence(policy):
+    model, tokenizer = policy()
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(InputError, match="probabilities are not finite: its weights have diverged"):
+        sample(model, prompts(tokenizer, [3, 4]), 4)

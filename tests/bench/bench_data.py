@@ -48,7 +48,7 @@ def start(path, cache):
     tokenizer = models.load_tokenizer("toy")
     before, clock = mebibytes("RssAnon"), time.perf_counter()
     train, _ = data.load(settings(path, cache), tokenizer, 2)
-    steps = batches.optimizer_steps(train, list, 16, 1, 1, len(train) // 16)
+    steps = batches.steps(settings(path, cache), train, list, (16, 1), len(train) // 16)
     next(steps)
     first = time.perf_counter() - clock
     for _ in steps:

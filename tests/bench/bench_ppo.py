@@ -1,0 +1,144 @@
+"""Seconds of a PPO iteration, by phase: the shipped rollout() and ppo_update() on random models, and
+TRL's last public PPO trainer on the same work.
+
+    python tests/bench/bench_ppo.py --fixture DIR --model opt125 --dtype fp32
+    python tests/bench/bench_ppo.py --fixture DIR --model opt125 --vs TRL_PYTHON TRL_DRIVER
+
+DIR/MODEL holds an actor, a scalar model critic_seqcls and prompts.json, lists of ids.  Prints one
+JSON row, medians over the iterations.  --vs runs TRL_DRIVER (with the same flags) in turn with ours
+and prints the median of TRL's time over ours, and its range.  Run nothing else meanwhile."""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+PHASES = {"gen": "generation", "exp": "scoring", "train": "update", "total": "iteration"}
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--fixture", required=True)
+    add("--model", default="tiny")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"))
+    add("--batch", type=int, default=4)
+    add("--iters", type=int, default=4)
+    add("--warm", type=int, default=1)
+    add("--varlen", action="store_true", help="responses end after 16 to 128 tokens, not at 128")
+    add("--response", type=int, default=128)
+    add("--extra", default="", help="more flags of train_ppo.py")
+    add("--vs", nargs=2, metavar=("PYTHON", "DRIVER"))
+    add("--turns", type=int, default=3)
+    return parser.parse_args()
+
+
+def ours(args):
+    """One JSON row in this process."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import torch
+
+    import train_ppo
+    from rlhf import batches, engine, generate, models
+
+    folder, out = f"{args.fixture}/{args.model}", tempfile.mkdtemp()
+    critic = f"{folder}/critic_seqcls"
+    sys.argv = [
+        "train_ppo.py",
+        "--actor_model_name_or_path",
+        f"{folder}/actor",
+        "--dtype",
+        args.dtype,
+    ]
+    sys.argv += ["--critic_model_name_or_path", critic, "--output_dir", out, "--actor_lr", "1e-5"]
+    sys.argv += ["--per_device_generation_batch_size", str(args.batch)]
+    sys.argv += ["--per_device_training_batch_size", str(args.batch)]
+    sys.argv += ["--max_prompt_seq_len", "128", "--max_answer_seq_len", str(args.response)]
+    sys.argv += args.extra.split()
+    flags = train_ppo.parse()
+    engine.init(flags)
+    tokenizer = models.load_tokenizer(f"{folder}/actor", flags)
+    actor, value, reference, reward = train_ppo.load_models(flags, tokenizer, 1000)
+    engines = actor, reference, value, reward
+    rng, draw = random.Random(7), getattr(generate, "draw", None)
+    eos = tokenizer.eos_token_id
+    state = {}
+
+    def drawn(logits, uniform, *rest):
+        """generate.draw, but no response ends before its length, and there it does."""
+        if state["t"] == 0:
+            state["ends"] = torch.tensor([rng.randint(16, 128) for _ in logits])
+        logits, ends = logits.clone(), state["ends"]
+        logits[:, eos] = -1e9
+        over = ends <= state["t"]
+        logits[over] = -1e9
+        logits[over, eos] = 0
+        state["t"], state["ends"] = state["t"] + 1, ends[~over]
+        return draw(logits, uniform, *rest)
+
+    if args.varlen:
+        generate.draw = drawn
+    prompts = json.load(open(f"{folder}/prompts.json"))
+    rows = []
+    for i in range(args.warm + args.iters):
+        chosen = prompts[i * args.batch : (i + 1) * args.batch]
+        batch = batches.collate(tokenizer, [{"prompt": p} for p in chosen], responses=())
+        start, state["t"] = time.perf_counter(), 0
+        experience, metrics = train_ppo.rollout(*engines, [batch], tokenizer, flags)
+        sampled = time.perf_counter()
+        train_ppo.ppo_update(actor, value, experience, flags)
+        end = time.perf_counter()
+        new, real = int(experience["mask"].sum()), int(experience["prompt_mask"].sum())
+        generation = metrics["seconds_generate"]
+        row = {"gen": generation, "exp": sampled - start - generation, "train": end - sampled}
+        rows.append({**row, "total": end - start, "new": new, "real": new + real})
+    middle = {name: median(row[name] for row in rows[args.warm :]) for name in rows[0]}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    settings = {name: getattr(args, name) for name in ("model", "dtype", "batch", "varlen")}
+    seconds = {name: round(middle[name], 4) for name in PHASES}
+    speed = {"new_tok_per_s": round(middle["new"] / middle["total"], 1)}
+    speed["gen_tok_per_s"] = round(middle["new"] / middle["gen"], 1)
+    speed["real_tok_per_s"] = round(middle["real"] / middle["total"], 1)
+    print(
+        "RESULT",
+        json.dumps({"peer": "rlhf", **settings, **seconds, **speed, "rss_gb": round(peak, 2)}),
+    )
+
+
+def against(args):
+    """TRL and ours in turn -> a Markdown row of ratios, TRL's seconds over ours."""
+    names = ("fixture", "model", "dtype", "batch", "iters", "warm")
+    same = [text for name in names for text in (f"--{name}", str(getattr(args, name)))]
+    same += ["--varlen"] * args.varlen
+    python, driver = args.vs
+    found = {"trl": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.turns):
+            theirs = [python, driver, *same, "--out", folder]
+            for name, command in (("trl", theirs), ("ours", [sys.executable, __file__, *same])):
+                result = subprocess.run(command, capture_output=True, text=True)
+                rows = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+                if not rows:
+                    sys.exit(f"{command} failed:\n{result.stderr[-2000:]}")
+                found[name].append(json.loads(rows[0].removeprefix("RESULT")))
+                print(name, found[name][-1], file=sys.stderr)
+    cells = [f"{args.model} {args.dtype}{', varying lengths' * args.varlen}, batch {args.batch}"]
+    for phase in PHASES:
+        ratios = sorted(a[phase] / b[phase] for a, b in zip(found["trl"], found["ours"]))
+        cells.append(f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    cells += [f"{median(row['total'] for row in found[name]):.2f}" for name in ("trl", "ours")]
+    cells += [f"{max(row['rss_gb'] for row in found[name]):.2f}" for name in ("trl", "ours")]
+    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    against(arguments) if arguments.vs else ours(arguments)
