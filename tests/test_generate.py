@@ -3,7 +3,7 @@ the training forward agrees on."""
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
 from rlhf import batches, generate, models
 from rlhf.args import InputError
@@ -72,35 +72,54 @@ def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5 + 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_and_training_agree_on_the_log_probs(policy, family, monkeypatch):
-    """The decoder's own log-probs of what it drew, left-padded, while rows leave the batch, against
-    the training forward: a masked bos, shifted positions, another row's cache would show here."""
-    model, tokenizer = policy(family, "bos is eos")
-    rows = [[2, 3, 4, 5, 6], [2, 7], [8, 9, 10]] * 8
+def check_agreement(model, eos, batch, tokens, monkeypatch):
+    """Every log-prob of what the decoder drew is the training forward's."""
     seen, draw = [], generate.draw
 
     def recorded(logits, uniform, *rest):
-        logits[:, tokenizer.eos_token_id] += 2  # so that most of them end early
+        logits[:, eos] += 2  # so that most rows end early
         token = draw(logits, uniform, *rest)
         seen.append((logits.log_softmax(1).gather(1, token[:, None])[:, 0], token))
         return token
 
     monkeypatch.setattr(generate, "draw", recorded)
     torch.manual_seed(0)
-    batch = sample(model, prompts(tokenizer, *rows), 12)
+    batch = sample(model, batch, tokens)
     lengths = batch["mask"].sum(1)
-    assert len({*lengths.tolist()}) > 2 and batch["ended"].any()
     logits = []
     monkeypatch.setattr(models, "token_logprobs", lambda x, *_: logits.append(x.clone()) or x)
-    models.policy_logprobs(model, batch)
-    logits[0][..., tokenizer.eos_token_id] += 2
+    with torch.no_grad():
+        models.policy_logprobs(model, batch)
+    logits[0][..., eos] += 2
     expected = logits[0].log_softmax(2).gather(2, batch["response_ids"][..., None])[..., 0]
     assert len(seen) == batch["mask"].shape[1] == lengths.max()
     for t, (logp, token) in enumerate(seen):
         alive = lengths > t  # the rows that are still in the batch, in their order
         assert torch.equal(token, batch["response_ids"][alive, t])
         assert torch.allclose(logp, expected[alive, t], atol=1e-5)
+    return lengths, batch["ended"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_and_training_agree_on_the_log_probs(policy, family, monkeypatch):
+    """Left-padded, and while rows leave the batch: a masked bos, shifted positions or another row's
+    cache would show here."""
+    model, tokenizer = policy(family, "bos is eos")
+    rows = [[2, 3, 4, 5, 6], [2, 7], [8, 9, 10]] * 8
+    batch = prompts(tokenizer, *rows)
+    lengths, ended = check_agreement(model, tokenizer.eos_token_id, batch, 12, monkeypatch)
+    assert len({*lengths.tolist()}) > 2 and ended.any()
+
+
+def test_a_sliding_window_shorter_than_the_sequence_is_kept(monkeypatch):
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    shape.update(num_attention_heads=4, num_key_value_heads=2, sliding_window=4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**shape, pad_token_id=0, eos_token_id=1))
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 5, 6, 7, 8]] * 4)
+    batch = {"prompt_ids": ids, "prompt_mask": ids > 0}
+    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch)
+    assert lengths.max() > 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 
 import pytest
@@ -17,13 +18,33 @@ import train_rm
 import train_sft
 from rlhf import args as flags
 from rlhf import losses
-from tests.conftest import SHARED, SMALL, metrics, run_script, to_flags, weights, write_jsonl
+from tests.conftest import ROOT, SHARED, SMALL, metrics, run_script, to_flags, weights, write_jsonl
 
 METRICS = """step score score_std kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
     policy_loss value_loss value_clip_frac explained_variance return_mean advantage_mean
     response_length eos_rate actor_grad_norm critic_grad_norm actor_lr critic_lr seconds
     seconds_generate seconds_score seconds_train tokens_per_second tflops first_ratio_error_max
     skipped_steps"""
+
+
+SCRIPTS = {m.__name__: m for m in (train_sft, train_rm, train_ppo, train_dpo)}
+
+
+def commands():
+    """Every call of a script in README and in the scripts' own docstrings -> [script, *flags]."""
+    pages = [(ROOT / "README.md").read_text(), *(m.__doc__ for m in SCRIPTS.values())]
+    for page in pages:
+        text = re.sub(r"\\\\?\n\s*", " ", page)
+        for name, given in re.findall(r"(train_\w+)\.py((?: +--?\w[^`|#\n&)]*)?)", text):
+            yield [name, *given.split()]
+
+
+def test_every_command_in_readme_is_understood(monkeypatch):
+    found = [*commands()]
+    assert len(found) > 20 and {name for name, *_ in found} == {*SCRIPTS}
+    for name, *given in found:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
+        SCRIPTS[name].parse()
 
 
 # learning

@@ -165,6 +165,20 @@ FAULTS = {
 }
 TODAY = "greedy dropout not_whitened eos_masked first_token_masked half"
 FAULTS["all of DeepSpeed-Chat today"] = tuple(globals()[name] for name in TODAY.split())
+LEFT_OUT = {
+    f"today, but {text}": tuple(
+        f for f in FAULTS["all of DeepSpeed-Chat today"] if f is not without
+    )
+    for text, without in {
+        "sampled": greedy,
+        "without dropout": dropout,
+        "whitened": not_whitened,
+        "eos trained": eos_masked,
+        "first token seen": first_token_masked,
+        "fp32 log-probs": half,
+    }.items()
+}
+FAULTS.update(LEFT_OUT)
 THEN = "greedy dropout not_whitened after_the_end pads_attended eos_suppressed half"
 FAULTS["all of its April 2023"] = tuple(globals()[name] for name in THEN.split())
 
@@ -261,7 +275,15 @@ def main():
         default="divergence.jsonl",
         help="one JSON object a cell; those there are not run again",
     )
-    add("--faults", nargs="+", default=list(FAULTS), choices=FAULTS)
+    usual = [fault for fault in FAULTS if fault not in LEFT_OUT]
+    add(
+        "--faults",
+        nargs="+",
+        default=usual,
+        choices=FAULTS,
+        metavar="FAULT",
+        help=", ".join(FAULTS),
+    )
     add("--epochs", nargs="+", type=int, default=[1, 2, 4, 8])
     add(
         "--flags",

@@ -123,7 +123,7 @@ def main():
     judge = lambda rows: mean(toy.judge(prompt, text)["reward"] for prompt, text in rows)
     curves = {"ours": [], "TRL": []}
     for seed in args.seeds:
-        flags.seed = 1234  # the split of the models' run
+        flags.seed = seed
         train, _ = data.load(flags, tokenizer, 3, 32)
         with tempfile.TemporaryDirectory() as folder:
             job = {"run": run, "out": folder, "seed": seed, "iterations": args.iterations}
