@@ -249,21 +249,24 @@ def cell(sft, rm, fault, flags, seed, iterations):
     return found
 
 
-def table(path, keys=("ratio_max", "clip_frac", "approx_kl", "true_reward", "kl")):
-    """One row a fault, one column a setting: the means over the seeds."""
+def table(
+    path, keys=("true_reward", "kl", "ratio_max", "first_ratio_error", "clip_frac", "approx_kl")
+):
+    """A table a metric: a row a fault, a column a setting; the mean over the seeds."""
     rows = [json.loads(line) for line in open(path)]
     settings = list(dict.fromkeys(row["flags"] for row in rows))
+    short = lambda flags: flags.removeprefix("--per_device_training_batch_size 64 ").replace(
+        "--", ""
+    )
     for key in keys:
-        print(f"\n**{key}**\n\n| fault | {' | '.join(s or 'default' for s in settings)} |")
+        print(f"\n**{key}**\n\n| fault | {' | '.join(map(short, settings))} |")
         print("|---" * (len(settings) + 1) + "|")
         for fault in FAULTS:
-            cells = []
-            for flags in settings:
-                same = [r for r in rows if (r["fault"], r["flags"]) == (fault, flags)]
-                values = [row.get(key) for row in same if row.get(key) is not None]
-                text = f"{mean(values):.3g}" if values else "stopped" if same else ""
-                cells.append(text + (" *" if values and len(values) < len(same) else ""))
-            print(f"| {fault} | {' | '.join(cells)} |")
+            same = [[r for r in rows if (r["fault"], r["flags"]) == (fault, s)] for s in settings]
+            values = [[r[key] for r in cell if key in r] for cell in same]
+            cells = [f"{mean(v):.3g}" if v else "stopped" * bool(c) for v, c in zip(values, same)]
+            if any(cells):
+                print(f"| {fault} | {' | '.join(cells)} |")
 
 
 def main():
