@@ -4,8 +4,8 @@ TRL's last public PPO trainer on the same work.
     python tests/bench/bench_ppo.py --fixture DIR --model opt125 --dtype fp32
     python tests/bench/bench_ppo.py --fixture DIR --model opt125 --vs TRL_PYTHON TRL_DRIVER
 
-DIR/MODEL holds an actor, a scalar model critic_seqcls and prompts.json, lists of ids.  Prints one
-JSON row, medians over the iterations.  --vs runs TRL_DRIVER (with the same flags) in turn with ours
+DIR/MODEL holds an actor, a scalar model critic_seqcls and prompts.json, lists of ids; it is made where
+it is missing.  Prints one JSON row, medians over the iterations.  --vs runs TRL_DRIVER (with the same flags) in turn with ours
 and prints the median of TRL's time over ours, and its range.  Run nothing else meanwhile."""
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+SHAPES = {"tiny": (8192, 256, 4, 4, 2), "opt125": (50272, 768, 12, 12, 4)}
 PHASES = {"gen": "generation", "exp": "scoring", "train": "update", "total": "iteration"}
 
 
@@ -28,7 +29,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--fixture", required=True)
-    add("--model", default="tiny")
+    add("--model", default="tiny", choices=SHAPES)
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--batch", type=int, default=4)
     add("--iters", type=int, default=4)
@@ -39,6 +40,34 @@ def parse():
     add("--vs", nargs=2, metavar=("PYTHON", "DRIVER"))
     add("--turns", type=int, default=3)
     return parser.parse_args()
+
+
+def make(folder, vocabulary, width, layers, heads, critic_layers):
+    """Random OPT models, a tokenizer of one word a token, 256 prompts of 8 to 128 tokens."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
+    shape = dict(vocab_size=vocabulary, hidden_size=width, word_embed_proj_dim=width, dropout=0.0)
+    shape.update(ffn_dim=4 * width, num_attention_heads=heads, max_position_embeddings=1024)
+    shape.update(pad_token_id=0, bos_token_id=1, eos_token_id=1, num_labels=1)
+    for name, kind, depth in (
+        ("actor", OPTForCausalLM, layers),
+        ("critic_seqcls", OPTForSequenceClassification, critic_layers),
+    ):
+        kind(OPTConfig(num_hidden_layers=depth, **shape)).save_pretrained(f"{folder}/{name}")
+        tokenizer.save_pretrained(f"{folder}/{name}")
+    rng = random.Random(0)
+    draw = lambda: [rng.randrange(2, vocabulary) for _ in range(rng.randint(8, 128))]
+    with open(f"{folder}/prompts.json", "w") as file:
+        json.dump([draw() for _ in range(256)], file)
 
 
 def ours(args):
@@ -141,4 +170,6 @@ def against(args):
 
 if __name__ == "__main__":
     arguments = parse()
+    if not os.path.exists(f"{arguments.fixture}/{arguments.model}"):
+        make(f"{arguments.fixture}/{arguments.model}", *SHAPES[arguments.model])
     against(arguments) if arguments.vs else ours(arguments)

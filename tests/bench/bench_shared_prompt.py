@@ -22,11 +22,11 @@ PAIRS, VOCABULARY = 4, 50272
 
 
 def shipped(model, prompt, chosen, rejected):
-    """Two rows a pair: (2B,) log-probs of whole responses."""
+    """Two rows a pair -> log-probs of the responses' tokens (2B, R)."""
     answers = torch.cat([chosen, rejected])
     batch = {"prompt_ids": torch.cat([prompt, prompt]), "response_ids": answers}
     batch.update(prompt_mask=batch["prompt_ids"] >= 0, mask=answers >= 0)
-    return models.policy_logprobs(model, batch).sum(1)
+    return models.policy_logprobs(model, batch)
 
 
 def shared(model, prompt, chosen, rejected):
@@ -49,7 +49,7 @@ def shared(model, prompt, chosen, rejected):
         torch.cat([hidden[:, P - 1 : P], part[:, :-1]], 1) for part in hidden[:, P:].split(R, 1)
     ]
     logits = model.lm_head(torch.cat(wanted))
-    return token_logprobs(logits, torch.cat([chosen, rejected])).sum(1)
+    return token_logprobs(logits, torch.cat([chosen, rejected]))
 
 
 def main():
