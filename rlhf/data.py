@@ -74,8 +74,7 @@ DATASETS = {
     "tatsu-lab/alpaca": Layout(ask("instruction"), " {output}", fix=_alpaca),
     "databricks/databricks-dolly-15k": Layout(ask("instruction"), " {response}", fix=_alpaca),
 }
-# Tokenised rows.  length: of the longer sequence; cut: whether it lost tokens; key, twin: hashes of
-# the prompt's text, of all; bayes: the embedded world's probability that chosen is preferred.
+# length: of the longer sequence; key, twin: hashes of the prompt, of all; bayes: P(chosen better)
 COLUMNS = {"prompt": "ids", "chosen": "ids", "rejected": "ids", "length": "int32", "cut": "bool",
            "key": "int64", "twin": "int64", "bayes": "float64"}
 ALIASES = {"mkqa-Chinese": "mkqa", "mkqa-Japanese": "mkqa", "local/jsonfile": "data"}    # DSC's

@@ -1,7 +1,7 @@
 """Sampling from the policy, one forward a token, and what makes that fast."""
-from functools import partial
+import inspect
 import torch
-from transformers import Cache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 from rlhf.args import InputError
 from rlhf.models import positions
@@ -9,14 +9,18 @@ from rlhf.models import positions
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
-    Returns them with `response_ids` and `mask` (B, R), R the longest response drawn, and `ended`
-    (B,): did it end by itself?  The mask ends with the first end-of-sequence token.  Always
-    samples: of an argmax the ratio means nothing."""
+    Returns them with `response_ids`, `mask` (B, R), R the longest response drawn, and `ended` (B,):
+    did it end by itself?  The mask covers its end.  Of an argmax the ratio would mean nothing."""
     config, ids, seen = model.eval().config, prompts["prompt_ids"], prompts["prompt_mask"].long()
     response = ids.new_full((len(ids), max_new_tokens), config.pad_token_id)
     mask, going = torch.zeros_like(response, dtype=torch.bool), torch.arange(len(ids)).to(ids)
     uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
-    cache = Cache(layer_class_to_replicate=partial(Room, seen.shape[1] + max_new_tokens))
+    cache = DynamicCache(config=config)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:                    # windows and states keep their own way
+            layer.__class__, layer.size = Room, seen.shape[1] + max_new_tokens
     for t in range(max_new_tokens):
         if not len(going):
             break
@@ -28,8 +32,7 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
         stay = (token != config.eos_token_id).nonzero()[:, 0]
         if len(stay) < len(going):                                # finished rows leave the batch
             going, token, seen = going[stay], token[stay], seen[stay]
-            for layer in cache.layers:
-                layer.batch_select_indices(stay)
+            cache.reorder_cache(stay)
         ids, seen = token[:, None], torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
     longest = mask.any(0).sum()
     return {**prompts, "response_ids": response[:, :longest], "mask": mask[:, :longest],
@@ -49,9 +52,6 @@ def draw(logits, uniform, temperature, top_p, top_k):
 
 class Room(DynamicLayer):
     """A layer's keys and values, with room for all: concatenation would copy them at each token."""
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
     def update(self, key_states, value_states, *_, **__):
         new, start = (key_states, value_states), self.get_seq_length()
         if not self.is_initialized:
@@ -61,5 +61,6 @@ class Room(DynamicLayer):
             room[:, :, start:start + x.shape[2]] = x
         self.keys, self.values = (room[:, :, :start + key_states.shape[2]] for room in self.room)
         return self.keys, self.values
-    def batch_select_indices(self, indices):
-        self.room = [room[indices] for room in self.room]
+    def reorder_cache(self, rows):
+        length, self.room = self.get_seq_length(), [room[rows] for room in self.room]
+        self.keys, self.values = (room[:, :, :length] for room in self.room)       # frees the old

@@ -3,7 +3,8 @@ the training forward agrees on."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig, MistralConfig
+from transformers import Qwen3NextConfig
 
 from rlhf import batches, generate, models
 from rlhf.args import InputError
@@ -135,6 +136,50 @@ def test_a_response_does_not_depend_on_the_batch_its_prompt_sits_in(policy, fami
         length = alone["mask"].sum()
         assert torch.equal(alone["response_ids"][0], together["response_ids"][i, :length])
         assert together["mask"][i].sum() == length and together["ended"][i] == alone["ended"][0]
+
+
+def test_layers_that_keep_a_state_instead_of_keys_sample_too(monkeypatch):
+    """A hybrid: its linear-attention layers have a cache of their own kind."""
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4)
+    shape.update(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=2)
+    shape.update(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8)
+    shape.update(linear_value_head_dim=8, moe_intermediate_size=16, num_experts_per_tok=1)
+    shape.update(shared_expert_intermediate_size=16, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"] * 2, **shape)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 5, 6, 7, 8]] * 4)
+    batch, model = (
+        {"prompt_ids": ids, "prompt_mask": ids > 0},
+        AutoModelForCausalLM.from_config(config),
+    )
+    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch)
+    assert len({*lengths.tolist()}) > 2
+
+
+def test_a_model_without_keys_and_values_is_one_sentence():
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.tensor([[3, 4]])
+    with pytest.raises(
+        InputError, match="MambaForCausalLM keeps no keys and values: choose another"
+    ):
+        sample(model, {"prompt_ids": ids, "prompt_mask": ids > 0}, 2)
+
+
+def test_no_two_caches_live_at_once():
+    """When rows leave, the keys and values of those that stay are copied; the old ones must go."""
+    layer = generate.DynamicLayer()
+    layer.__class__, layer.size = generate.Room, 64
+    keys = torch.rand(8, 2, 5, 4)
+    layer.update(keys, keys + 1)
+    stay = torch.tensor([1, 2, 6])
+    layer.reorder_cache(stay)
+    assert torch.equal(layer.keys, keys[stay]) and torch.equal(layer.values, keys[stay] + 1)
+    for held, room in zip((layer.keys, layer.values), layer.room):
+        assert held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+    new = torch.rand(3, 2, 1, 4)
+    assert torch.equal(layer.update(new, new)[0], torch.cat([keys[stay], new], 2))
+    assert layer.get_seq_length() == 6
 
 
 def test_a_token_is_drawn_where_the_distribution_function_passes_the_number():
