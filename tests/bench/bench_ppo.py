@@ -39,7 +39,10 @@ def parse():
     add("--extra", default="", help="more flags of train_ppo.py")
     add("--vs", nargs=2, metavar=("PYTHON", "DRIVER"))
     add("--turns", type=int, default=3)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.vs and (args.extra or args.response != 128):
+        parser.error("--vs compares at 128 new tokens, without --extra")
+    return args
 
 
 def make(folder, vocabulary, width, layers, heads, critic_layers):
@@ -104,7 +107,9 @@ def ours(args):
     def drawn(logits, uniform, *rest):
         """generate.draw, but no response ends before its length, and there it does."""
         if state["t"] == 0:
-            state["ends"] = torch.tensor([rng.randint(16, 128) for _ in logits])
+            state["ends"] = torch.tensor(
+                [rng.randint(min(16, args.response), args.response) for _ in logits]
+            )
         logits, ends = logits.clone(), state["ends"]
         logits[:, eos] = -1e9
         over = ends <= state["t"]

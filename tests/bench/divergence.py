@@ -24,6 +24,8 @@ RUN = """--lr_scheduler_type linear --num_warmup_steps 10 --per_device_generatio
     --max_prompt_seq_len 32 --max_answer_seq_len 48 --data_split 2,5,3 --print_answers_interval 0
     --log_interval 1000 --actor_lr 3e-4 --critic_lr 1e-3"""
 PROMPTS = 256
+KEYS = """true_reward true_reward_of_argmax kl first_ratio_error last_first_ratio_error ratio_max clip_frac
+    approx_kl""".split()
 
 
 def greedy(patch, **_):
@@ -228,7 +230,8 @@ def cell(sft, rm, fault, flags, seed, iterations):
             "steps": len(rows),
         }
         known = lambda name: [row[name] for row in rows if row.get(name) is not None]
-        found["first_ratio_error"] = max(known("first_ratio_error_max"))
+        errors = known("first_ratio_error_max")
+        found.update(first_ratio_error=errors[0], last_first_ratio_error=errors[-1])
         found["ratio_max"] = max(known("ratio_max"))
         found["clip_frac"] = max(known("clip_frac"))
         found["approx_kl"] = max(known("approx_kl"))
@@ -240,18 +243,25 @@ def cell(sft, rm, fault, flags, seed, iterations):
             base, scorer = load(sft), engine.frozen(models.load_scalar(rm, tokenizer))
             _, held_out = data.load(args, tokenizer, 1)
             prompts = [row for row in held_out if len(row["prompt"]) <= 32][:PROMPTS]
-            args.batch_size = 128
-            got = evaluate.respond(load(f"{out}/actor"), base, scorer, tokenizer, prompts, args)
             asked = [tokenizer.decode(row["prompt"], skip_special_tokens=True) for row in prompts]
-            verdicts = [toy.judge(*pair)["reward"] for pair in zip(asked, got["text"])]
-            found.update(true_reward=mean(verdicts), kl=got["kl"].mean().item())
-            found.update(score=got["score"].mean().item(), eos=got["ended"].double().mean().item())
+            args.batch_size = 128
+
+            def judged(policy):
+                got = evaluate.respond(policy, base, scorer, tokenizer, prompts, args)
+                return mean(toy.judge(*pair)["reward"] for pair in zip(asked, got["text"])), got
+
+            actor = load(f"{out}/actor")
+            found["true_reward"], got = judged(actor)
+            found["start"], _ = judged(base)
+            found.update(kl=got["kl"].mean().item(), score=got["score"].mean().item())
+            greedy(patch)  # as the faulty rollouts are drawn, and as a demonstration would be
+            found["true_reward_of_argmax"], _ = judged(actor)
+            found["start_of_argmax"], _ = judged(base)
+            undo.close()
     return found
 
 
-def table(
-    path, keys=("true_reward", "kl", "ratio_max", "first_ratio_error", "clip_frac", "approx_kl")
-):
+def table(path, keys=KEYS):
     """A table a metric: a row a fault, a column a setting; the mean over the seeds."""
     rows = [json.loads(line) for line in open(path)]
     settings = list(dict.fromkeys(row["flags"] for row in rows))
@@ -295,7 +305,7 @@ def main():
         help="of train_ppo.py",
     )
     add("--seeds", nargs="+", type=int, default=[1])
-    add("--iterations", type=int, default=60)
+    add("--iterations", type=int, default=25)
     add("--cell", nargs=3, metavar=("FAULT", "FLAGS", "SEED"), help="run one, in this process")
     add("--table", metavar="FILE")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ with a linear schedule, fp32.  TRL has one rate for actor and critic; --vf is it
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -111,23 +112,24 @@ def main():
         return theirs(json.load(open(args.job)))
     sys.path.insert(0, str(ROOT))
     os.environ["OMP_NUM_THREADS"] = "1"
-    from rlhf import data, models, toy
+    from rlhf import models, toy
     from tests.bench import quality
 
     run = os.path.abspath(args.run)
-    sys.argv = ["train_ppo.py", *quality.PPO.split(), "--output_dir", tempfile.mkdtemp()]
-    import train_ppo
-
-    flags = train_ppo.parse()
     tokenizer = models.load_tokenizer(f"{run}/sft")
+    work = tempfile.mkdtemp()
+    prompts = quality.fresh_prompts(run, work)
+    asked = [json.loads(line)["prompt"] for line in open(prompts / "train.jsonl")]
     judge = lambda rows: mean(toy.judge(prompt, text)["reward"] for prompt, text in rows)
     curves = {"ours": [], "TRL": []}
     for seed in args.seeds:
-        flags.seed = seed
-        train, _ = data.load(flags, tokenizer, 3, 32)
         with tempfile.TemporaryDirectory() as folder:
             job = {"run": run, "out": folder, "seed": seed, "iterations": args.iterations}
-            job.update(lr=args.lr, vf=args.vf, prompts=[*train.shuffle(seed=seed)["prompt"]])
+            job.update(
+                lr=args.lr,
+                vf=args.vf,
+                prompts=tokenizer(random.Random(seed).sample(asked, len(asked)))["input_ids"],
+            )
             json.dump(job, open(f"{folder}/job.json", "w"))
             command = [args.python, __file__, run, args.python, "--job", f"{folder}/job.json"]
             subprocess.run(command, check=True, capture_output=True)
@@ -135,6 +137,7 @@ def main():
             curves["TRL"].append([judge(rows) for rows in texts])
             extra = ["--max_steps", args.iterations, "--critic_lr", args.lr, "--actor_lr", args.lr]
             out = f"{folder}/ours"
+            extra += ["--data_path", prompts, "--data_split", "0,0,1"]
             same = ["--seed", seed, "--print_answers_interval", 1, *extra]
             quality.command("train_ppo.py", "--actor_model_name_or_path", f"{run}/sft", "--output_dir", out,
                             "--critic_model_name_or_path", f"{run}/rm", *quality.PPO.split(), *same)  # fmt: skip

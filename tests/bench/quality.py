@@ -75,12 +75,32 @@ def few(work, pairs, seed):
     return folder
 
 
+def fresh_prompts(run, work):
+    """A folder with the prompts of step 3 of the run, which its SFT and reward model never saw: with
+    another --seed, train_ppo.py would split the data otherwise."""
+    folder = Path(work, "prompts")
+    if not Path(folder, "train.jsonl").exists():
+        import train_ppo
+        from rlhf import data, models
+
+        args = json.load(open(f"{run}/sft/args.json"))
+        sys.argv = ["train_ppo.py", *PPO.split(), "--seed", str(args["seed"]), "--output_dir", work]
+        tokenizer = models.load_tokenizer(f"{run}/sft")
+        rows, _ = data.load(train_ppo.parse(), tokenizer, 3, 32)
+        texts = [json.dumps({"prompt": tokenizer.decode(ids)}) + "\n" for ids in rows["prompt"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder, "test.jsonl").write_text("".join(texts[:8]))
+        Path(folder, "train.jsonl").write_text("".join(texts[8:]))
+    return folder
+
+
 def ppo(run, out, seed, flags, reward_model=None):
     """-> the trained actor, every fifth iteration's samples."""
+    prompts = ["--data_path", fresh_prompts(run, Path(out).parent), "--data_split", "0,0,1"]
     if not Path(out, "actor", "config.json").exists():
         command("train_ppo.py", "--actor_model_name_or_path", f"{run}/sft", "--output_dir", out,
                 "--critic_model_name_or_path", reward_model or f"{run}/rm", *PPO.split(), "--seed",
-                seed, "--print_answers_interval", 5, *flags)  # fmt: skip
+                seed, "--print_answers_interval", 5, *prompts, *flags)  # fmt: skip
     return f"{out}/actor"
 
 
@@ -203,8 +223,10 @@ STUDIES = {
 
 def ci(values):
     """mean ± half of the 95 % interval (Student's t)."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values))
-    half = f" ± {t * stdev(values) / len(values) ** 0.5:.3f}" if t else ""
+    if len(values) < 2:
+        return f"{mean(values):.3f}"
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.6)
+    half = f" ± {t * stdev(values) / len(values) ** 0.5:.3f}"
     return f"{mean(values):.3f}{half}"
 
 

@@ -21,6 +21,7 @@ HAPPY = (
     "happy smile smiled smiles laugh laughed love loved fun hug hugged joy glad proud nice friends"
 )
 SAD = "sad cry cried cries hurt scared afraid angry mad lost sorry bad mean broke pain worried"
+PARTS = ("prompt_ids", "prompt_mask", "response_ids", "mask")
 OPENING, STORY, ROWS = 24, 48, 4000
 SHARED = f"--max_prompt_seq_len {OPENING} --max_answer_seq_len {STORY} --eval_fraction 0.1"
 RM = """--learning_rate 1e-3 --num_warmup_steps 20 --per_device_train_batch_size 32 --max_steps 250
@@ -60,10 +61,16 @@ def main():
             parts.append(generate.sample(model, batch, tokens))
         return models.stack(parts, tokenizer.pad_token_id)
 
-    texts = lambda batch: [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(batch["response_ids"], batch["mask"])
-    ]
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+    def texts(batch):
+        """Responses with the space before them, which a tokenizer drops at the start of a text."""
+        found = []
+        for prompt, seen, ids, mask in zip(*(batch[n] for n in PARTS)):
+            start = decode(prompt[seen])
+            found.append(decode([*prompt[seen], *ids[mask]])[len(start) :])
+        return found
+
     data = out / "pairs"
     if not (data / "train.jsonl").exists():
         data.mkdir(parents=True, exist_ok=True)
@@ -100,8 +107,9 @@ def main():
               "--critic_model_name_or_path", out / "rm", *PPO.split(), *SHARED.split())  # fmt: skip
     scorer = engine.frozen(models.load_scalar(f"{out}/rm", tokenizer))
     torch.manual_seed(1)
-    openings = draw([[tokenizer.bos_token_id]] * 512, OPENING - 4)["response_ids"].tolist()
-    prompts = [[tokenizer.bos_token_id, *ids] for ids in openings]
+    openings = draw([[tokenizer.bos_token_id]] * 512, OPENING - 4)
+    whole = openings["response_ids"][openings["mask"].all(1)].tolist()  # none that ended already
+    prompts = [[tokenizer.bos_token_id, *ids] for ids in whole]
     print(
         "\n| model | rule | score | KL | perplexity under the start model |\n|---|---|---|---|---|"
     )
