@@ -24,8 +24,8 @@ RUN = """--lr_scheduler_type linear --num_warmup_steps 10 --per_device_generatio
     --max_prompt_seq_len 32 --max_answer_seq_len 48 --data_split 2,5,3 --print_answers_interval 0
     --log_interval 1000 --actor_lr 3e-4 --critic_lr 1e-3"""
 PROMPTS = 256
-KEYS = """true_reward true_reward_of_argmax kl first_ratio_error last_first_ratio_error ratio_max clip_frac
-    approx_kl""".split()
+KEYS = """true_reward true_reward_of_argmax kl first_ratio_error last_first_ratio_error
+    largest_first_ratio_error ratio_max clip_frac approx_kl""".split()
 
 
 def greedy(patch, **_):
@@ -232,6 +232,7 @@ def cell(sft, rm, fault, flags, seed, iterations):
         known = lambda name: [row[name] for row in rows if row.get(name) is not None]
         errors = known("first_ratio_error_max")
         found.update(first_ratio_error=errors[0], last_first_ratio_error=errors[-1])
+        found["largest_first_ratio_error"] = max(errors)
         found["ratio_max"] = max(known("ratio_max"))
         found["clip_frac"] = max(known("clip_frac"))
         found["approx_kl"] = max(known("approx_kl"))
