@@ -1,11 +1,12 @@
-"""Why does DeepSpeed-Chat diverge with ppo_epochs > 1?  Its faults, switched on one at a time and all
-together by patching our code from outside, against the number of PPO epochs.
+"""What DeepSpeed-Chat's faults do to PPO, by number of epochs: switched on one at a time and together
+by patching our code from outside.
 
-    python tests/bench/divergence.py output/sft output/rm --out divergence.jsonl    # hours: resumes
+    python tests/bench/divergence.py output/sft output/rm        # an hour on two cores; resumes
     python tests/bench/divergence.py --table divergence.jsonl
 
 Each cell is one run of train_ppo.py on the embedded world and then, with nothing patched, an
-evaluation of the actor it leaves: true reward, KL.  The guards that would end a run are off."""
+evaluation of the actor it leaves: true reward and KL of samples, true reward of argmaxes.  The guards
+that would end a run are off."""
 
 import argparse
 import contextlib
