@@ -1,8 +1,7 @@
 """Sampling from the policy, one forward a token, and what makes that fast."""
 import inspect
 import torch
-from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import DynamicLayer
+from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
 from rlhf.args import InputError
 from rlhf.models import positions
 
@@ -15,12 +14,9 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     response = ids.new_full((len(ids), max_new_tokens), config.pad_token_id)
     mask, going = torch.zeros_like(response, dtype=torch.bool), torch.arange(len(ids)).to(ids)
     uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
-    cache = DynamicCache(config=config)
+    cache = StaticCache(config=config, max_cache_len=seen.shape[1] + max_new_tokens)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:                    # windows and states keep their own way
-            layer.__class__, layer.size = Room, seen.shape[1] + max_new_tokens
     for t in range(max_new_tokens):
         if not len(going):
             break
@@ -48,18 +44,3 @@ def draw(logits, uniform, temperature, top_p, top_k):
     if not passed[:, -1].isfinite().all():
         raise InputError("the policy's probabilities are not finite: it diverged, lower its rate")
     return torch.searchsorted(passed, (uniform * passed[:, -1])[:, None], right=True)[:, 0]
-
-class Room(DynamicLayer):
-    """A layer's keys and values, with room for all: concatenation would copy them at each token."""
-    def update(self, key_states, value_states, *_, **__):
-        new, start = (key_states, value_states), self.get_seq_length()
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-            self.room = [x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in new]
-        for room, x in zip(self.room, new):
-            room[:, :, start:start + x.shape[2]] = x
-        self.keys, self.values = (room[:, :, :start + key_states.shape[2]] for room in self.room)
-        return self.keys, self.values
-    def reorder_cache(self, rows):
-        length, self.room = self.get_seq_length(), [room[rows] for room in self.room]
-        self.keys, self.values = (room[:, :, :length] for room in self.room)       # frees the old

@@ -166,20 +166,30 @@ def test_a_model_without_keys_and_values_is_one_sentence():
         sample(model, {"prompt_ids": ids, "prompt_mask": ids > 0}, 2)
 
 
-def test_no_two_caches_live_at_once():
-    """When rows leave, the keys and values of those that stay are copied; the old ones must go."""
-    layer = generate.DynamicLayer()
-    layer.__class__, layer.size = generate.Room, 64
-    keys = torch.rand(8, 2, 5, 4)
-    layer.update(keys, keys + 1)
-    stay = torch.tensor([1, 2, 6])
-    layer.reorder_cache(stay)
-    assert torch.equal(layer.keys, keys[stay]) and torch.equal(layer.values, keys[stay] + 1)
-    for held, room in zip((layer.keys, layer.values), layer.room):
-        assert held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
-    new = torch.rand(3, 2, 1, 4)
-    assert torch.equal(layer.update(new, new)[0], torch.cat([keys[stay], new], 2))
-    assert layer.get_seq_length() == 6
+def test_keys_and_values_are_given_their_room_once(policy, monkeypatch):
+    """Written in place until rows leave; no forward copies what stands there already."""
+    model, tokenizer = policy()
+    made, held = [], []
+
+    class Watched(generate.StaticCache):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            made.append(self)
+
+        def update(self, *rest, **kwargs):
+            keys, values = super().update(*rest, **kwargs)
+            held.append((len(keys), keys.shape[2], self.layers[0].keys.data_ptr()))
+            return keys, values
+
+    monkeypatch.setattr(generate, "StaticCache", Watched)
+    torch.manual_seed(0)
+    batch = sample(model, prompts(tokenizer, *[[3, 4, 5], [6]] * 8), 20)
+    assert len(made) == 1 and batch["ended"].any()
+    assert {room for _, room, _ in held} == {3 + 20}
+    addresses = {}
+    for rows, _, address in held:
+        addresses.setdefault(rows, set()).add(address)
+    assert len(addresses) > 1 and all(len(places) == 1 for places in addresses.values())
 
 
 def test_a_token_is_drawn_where_the_distribution_function_passes_the_number():
