@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
 # SFT -> reward model -> PPO; SFT -> DPO; evaluation.
 #   bash run_all.sh         the embedded world: under ten minutes on two CPU cores, no network
-#   ACTOR=facebook/opt-1.3b CRITIC=facebook/opt-350m DATA=Dahoas/rm-static NUM_GPUS=8 \
-#       bash run_all.sh     other models and data, with DeepSpeed-Chat's settings for that pair
+#   ACTOR=facebook/opt-1.3b DATA=Dahoas/rm-static NUM_GPUS=8 bash run_all.sh      as DeepSpeed-Chat
 # Also: OUTPUT, SEED, SPLIT (--data_split), ZERO_STAGE (other models), DTYPE, MASTER_PORT (one a run);
 # SFT_FLAGS, RM_FLAGS, DPO_FLAGS, PPO_FLAGS, EVAL_FLAGS are added to the commands, and win.
-set -euo pipefail
-cd "$(dirname "$0")"
+set -euo pipefail; cd "$(dirname "$0")"
 ACTOR=${ACTOR:-toy} DATA=${DATA:-toy} NUM_GPUS=${NUM_GPUS:-1} ZERO_STAGE=${ZERO_STAGE:-2}
 OUTPUT=${OUTPUT:-output} SEED=${SEED:-1234} DTYPE=${DTYPE:-auto}
 SFT=$OUTPUT/sft RM=$OUTPUT/rm DPO=$OUTPUT/dpo PPO=$OUTPUT/ppo

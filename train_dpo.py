@@ -1,8 +1,7 @@
 """The other road from step 1, DPO: fit the policy to the pairs themselves, no reward model.
 
     python train_sft.py && python train_dpo.py                # the embedded world, one process
-    deepspeed --num_gpus 8 train_dpo.py --model_name_or_path output/sft --zero_stage 2 \\
-        --data_path Dahoas/rm-static --per_device_train_batch_size 4
+    deepspeed --num_gpus 8 train_dpo.py --data_path Dahoas/rm-static --zero_stage 2
 
 The loss is step 2's, Bradley-Terry, on the reward that the policy itself implies,
 beta * log(pi / pi_ref); the reference pi_ref is the policy as it was."""
@@ -18,7 +17,9 @@ from rlhf.losses import dpo_loss
 
 def parse():
     parser = flags.Parser(__doc__)
-    add = parser.add_argument_group("DPO").add_argument
+    flags.add_training(parser, learning_rate=2e-6)
+    flags.add_run(parser, "output/dpo")
+    add = parser.add_argument_group("DPO and its own defaults").add_argument
     add("--beta", type=flags.positive, default=0.5, help="price of leaving the reference [recipe]")
     add("--label_smoothing", type=flags.fraction, default=0.0, help="share of wrong labels [DSC]")
     add("--loss_type", choices=("sigmoid", "ipo", "hinge"), default="sigmoid", help="[DPO]")
@@ -27,12 +28,14 @@ def parse():
     add("--precompute_ref_logp", action="store_true", help="and need no reference [ours: off]")
     flags.add_frozen(add, "reference")
     add("--eval_kl_prompts", type=flags.count, default=64, help="to sample for eval_kl [ours]")
-    flags.add_training(parser, learning_rate=2e-6, warmup=10)
-    flags.add_run(parser, "output/dpo")
-    flags.instead(parser, "recipe", learning_rate=2e-6, lr_scheduler_type="linear", max_seq_len=256,
-                  num_warmup_steps=10, weight_decay=0.01, eval_fraction=0.05)
-    flags.instead(parser, "ours: step 1's output", model_name_or_path="output/sft")
-    flags.instead(parser, "recipe: a fifth of the run", eval_interval=0)
+    add("--model_name_or_path", default="output/sft", help="a folder or hub id [ours: step 1's]")
+    add("--learning_rate", "--lr", type=flags.non_negative, default=2e-6, help="peak [recipe]")
+    add("--weight_decay", type=flags.non_negative, default=0.01, help="of matrices only [recipe]")
+    add("--lr_scheduler_type", choices=flags.SCHEDULES, default="linear", help="[recipe]")
+    add("--num_warmup_steps", type=flags.count, default=10, help="optimizer steps [recipe]")
+    add("--max_seq_len", type=flags.at_least_2, default=256, help="tokens; then cut [recipe]")
+    add("--eval_fraction", type=flags.open_fraction, default=0.05, help="held out [recipe]")
+    add("--eval_interval", type=flags.count, default=0, help="steps; 0: [recipe: a fifth]")
     return parser.parse_args()
 
 def response_logprobs(model, batch, args):

@@ -4,7 +4,8 @@ DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] ar
 import argparse, contextlib, os, re, sys, tempfile, time
 from safetensors import SafetensorError
 
-SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()
+SCHEDULES = """linear cosine cosine_with_restarts cosine_with_min_lr polynomial constant
+    constant_with_warmup""".split()
 
 class InputError(Exception):
     """The user gave something wrong.  The message is one sentence: what, where, what to do."""
@@ -12,8 +13,8 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse with one-sentence errors (exit code 2)."""
     def __init__(self, doc):
-        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False, conflict_handler=
+                         "resolve", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
         for text in sorted(unknown, key=lambda text: text[:1] != "-"):          # flags come first
@@ -118,13 +119,6 @@ def add_frozen(add, name):
     add(f"--{name}_zero_stage", type=int, choices=(0, 3), help="or the trained one's [DSC]")
     add(f"--offload_{name}_model", action="store_true", help="keep on the CPU [DSC]")
 
-def instead(parser, source, **defaults):
-    """Other defaults than the shared ones, from another source."""
-    parser.set_defaults(**defaults)
-    for action in parser._actions:
-        if action.dest in defaults:
-            action.help = re.sub(r"\[.*\]$", f"[{source}]", action.help)
-
 def add_training(parser, learning_rate=None, warmup=0):
     """What the scripts share; step 3 passes no learning_rate and has its own flags instead."""
     add = parser.add_argument_group("training").add_argument
@@ -139,6 +133,7 @@ def add_training(parser, learning_rate=None, warmup=0):
     add("--num_train_epochs", type=positive_int, default=1, help="passes over the data [DSC]")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches [DSC]")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="Transformers' [DSC]")
+    add("--min_lr_ratio", type=fraction, default=0.1, help="where cosine_with_min_lr ends [ours]")
     add("--num_warmup_steps", type=count, default=warmup, help="optimizer steps [DSC]")
     add("--adam_beta2", type=open_fraction, default=0.95, help="with beta1 0.9 [DSC]")
     add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")

@@ -29,8 +29,7 @@ class Checkpoints:
             if not (self.start / "rank0.pt").exists():
                 raise InputError(f"--resume {args.resume}: there is no checkpoint in {self.start}")
             self.step, then = map(self._load(0).get, ("step", "flags"))
-            if "kl_now" in then:
-                args.kl_now = then["kl_now"]                    # as --target_kl had adapted it
+            args.kl_now = then.get("kl_now")                    # as --target_kl had adapted it
             other = [f"--{name} {then.get(name)} (now {value})"
                      for name, value in self._flags().items() if then.get(name) != value]
             if other:

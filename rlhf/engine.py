@@ -19,8 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = {"score": "reward model", "kl": "reference", "value": "critic", "return": "critic"}
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
-device = lambda: torch.device("cuda", torch.cuda.current_device()) \
-    if torch.cuda.is_available() else torch.device("cpu")
+device = lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pick_dtype = lambda flag: DTYPES.get(flag) or DTYPES[
     "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"]
 anywhere = lambda fact: bool(gather(torch.tensor(float(fact), device=device())).any())
@@ -36,8 +35,7 @@ def init(args):
     if "RANK" not in os.environ:                              # python train_X.py
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
-    # It would be compiled; a run that is killed meanwhile leaves a lock on which all others hang.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # a lock outlives kills
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:                                                      # torchrun's names, and DeepSpeed's
@@ -56,8 +54,7 @@ def quieten(level):
     """Let through only the libraries' messages of this level and above."""
     if level == "error":
         warnings.filterwarnings("ignore")
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
     for name in ("DeepSpeed", "torch.distributed", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(level.upper())
 
@@ -89,8 +86,9 @@ def train_engine(model, args, name, micro_batch, total_steps):
         partial(torch.optim.AdamW, fused=True)
     optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
                       for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
+    least = {"min_lr_rate": args.min_lr_ratio} if "min_lr" in args.lr_scheduler_type else {}
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
-                                          total_steps)
+                                          total_steps, least)
     config = {"train_micro_batch_size_per_gpu": micro_batch, "steps_per_print": 1 << 31,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
               "train_batch_size": micro_batch * args.gradient_accumulation_steps * world_size(),

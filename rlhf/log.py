@@ -7,8 +7,7 @@ from rlhf.args import writing
 def say(text):
     """A line for the user, above the progress bar."""
     if engine.rank() == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        tqdm.write(text, file=sys.stdout), sys.stdout.flush()
 
 class Log:
     """A run's args.json, metrics.jsonl, samples.jsonl and bar; `shown`: the line's metrics."""
@@ -37,15 +36,14 @@ class Log:
         self._record(step, metrics, "")
         self._say(step, metrics)
     @writing("to samples.jsonl")
-    def samples(self, step, tokenizer, experience, show=3):
+    def samples(self, step, tokenizer, batch, show=3):
         """Keep a rollout's prompts and responses with score and KL; print the first few."""
         columns = ("prompt_ids", "prompt_mask", "response_ids", "mask", "score", "kl")
-        rows = zip(*(experience[name] for name in columns))
-        for index, (prompt, seen, response, said, score, kl) in enumerate(rows):
-            prompt, response = tokenizer.decode(prompt[seen]), tokenizer.decode(response[said])
+        for i, (ids, seen, answer, said, score, kl) in enumerate(zip(*map(batch.get, columns))):
+            prompt, response = tokenizer.decode(ids[seen]), tokenizer.decode(answer[said])
             row = {"prompt": prompt, "response": response, "score": score.item(), "kl": kl.item()}
             print(json.dumps({"step": step, **row}), file=self.files["samples"])
-            if index < show:
+            if i < show:
                 say(f"  {prompt[-200:]!r} => {response[:300]!r}  [score {score:.2f}, kl {kl:.2f}]")
     def _record(self, step, metrics, prefix):
         row = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
@@ -69,8 +67,7 @@ def write_text(path, text):
     """Write a file whole or not at all."""
     with writing(path), open(f"{path}.tmp", "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        file.flush(), os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 write_json = lambda path, value: write_text(path, json.dumps(value, indent=2))
 
@@ -83,4 +80,4 @@ def work(batches, passes):
         attention = 4 * module.config.num_hidden_layers * module.config.hidden_size
         return sum((length * (2 * weights + attention * length)).sum() for length in lengths)
     return {"tokens_total": sum(length.sum() for length in lengths), "flops_total": sum(
-        times * flops(getattr(model, "module", model)) for model, times in passes.items())}
+        n * flops(getattr(model, "module", model)) for model, n in passes.items() if model)}

@@ -112,10 +112,10 @@ def ids_of(tokenizer, texts):
 
 def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=False):
     """Columns of texts -> columns of ids, with their length and whether something was cut off.
-    A response is tokenised behind its prompt, so that no tokenizer invents a space between them,
-    and ends with eos, also when cut.  Of a long row the prompt keeps its end (and bos), half of the
-    tokens (at most max_prompt) if it needs them, and responses lose theirs; without responses, a
-    longer prompt is left out.  With train_on_prompt only a row's first token is its prompt."""
+    A response is tokenised behind its prompt, lest a space be invented between them, and ends with
+    eos, also when cut.  Of a long row the prompt keeps its end (and bos), half of the tokens (at
+    most max_prompt) if need be, responses lose theirs; alone, a longer prompt is left out.  With
+    train_on_prompt only a row's first token is its prompt."""
     eos, rows = tokenizer.eos_token_id, {name: [] for name in (*texts, "length", "cut")}
     def responses(column):
         both = [prompt + text for prompt, text in zip(texts["prompt"], column)]

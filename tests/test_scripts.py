@@ -244,6 +244,15 @@ def test_target_kl_raises_the_coefficient_above_twice_it_and_lowers_it_below_hal
     assert found == pytest.approx(expected) and found[-1] == found[-2] < 0.0002
 
 
+def test_a_cosine_ends_at_the_least_rate_that_is_asked_for(start, world, call):
+    shape = dict(lr_scheduler_type="cosine_with_min_lr", min_lr_ratio=0.2, lr=1e-3, max_steps=8)
+    code, error = call(train_rm, **{**start, **shape, "output_dir": world["out"] / "rm"})
+    assert code == 0, error
+    found = [row["lr"] for row in metrics(world["out"] / "rm") if "lr" in row]
+    cosine = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert found == pytest.approx([1e-3 * (0.2 + 0.8 * share) for share in cosine])
+
+
 # the ratio
 
 
