@@ -1,15 +1,13 @@
 """Step 3, PPO: raise the score of the policy's own responses, at a price for leaving the reference.
 
     python train_sft.py && python train_rm.py && python train_ppo.py         # the embedded world
-    deepspeed --num_gpus 8 train_ppo.py --actor_model_name_or_path output/sft \\
-        --critic_model_name_or_path output/rm --data_path Dahoas/rm-static --actor_lr 9.65e-6 \\
+    deepspeed --num_gpus 8 train_ppo.py --data_path Dahoas/rm-static --actor_lr 9.65e-6 \\
         --critic_lr 5e-6 --actor_zero_stage 2 --critic_zero_stage 2 --enable_ema
 
-Four models: the actor is the policy that learns; the reference is the actor as it was; the critic
-predicts each token's return; the reward model scores whole responses.  An iteration is a rollout,
-which samples responses and scores them, and a PPO update on it.  Shapes as in rlhf/losses.py."""
-import time
-from functools import partial
+Four models: the actor is the policy that learns, the reference the actor as it was; the critic
+predicts each token's return; the reward model (or --reward_fn) scores whole responses."""
+import runpy, time
+from functools import cache, partial
 import torch
 from rlhf import advice, args as flags, batches, data, engine, models
 from rlhf.args import count, fraction, non_negative, open_fraction, positive, positive_int, share
@@ -24,7 +22,7 @@ def parse():
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("--actor_model_name_or_path", default="output/sft", help="and reference: of step 1 [ours]")
-    add("--critic_model_name_or_path", default="output/rm", help="and reward: of step 2 [ours]")
+    add("--critic_model_name_or_path", help="and reward: output/rm, with --reward_fn none [ours]")
     flags.add_frozen(add, "reference")
     flags.add_frozen(add, "reward")
     add("--enable_ema", action="store_true", help="keep and save an average of the actor [DSC]")
@@ -43,6 +41,8 @@ def parse():
     add("--target_kl", type=positive, help="nats a response to adapt --kl_coef to [ours: off]")
     add("--kl_estimator", choices=("k1", "k2", "k3"), default="k1", help="[DSC, constant]")
     add("--clip_reward", type=positive, default=5.0, help="of the score [DSC, constant]")
+    add("--reward_fn", help="path.py:function of (prompts, responses, rows) -> scores [ours]")
+    add("--reward_fn_weight", type=non_negative, default=1.0, help="of its scores [ours]")
     add("--missing_eos_penalty", type=non_negative, default=0.0, help="if cut [ours: DSC has none]")
     add("--kl_stop", type=non_negative, default=0.0, help="end above it; 0: never [ours: off]")
     add("--gamma", type=fraction, default=1.0, help="discount [DSC, constant]")
@@ -50,6 +50,7 @@ def parse():
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
     add = parser.add_argument_group("update").add_argument
     add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
+    add("--critic_warmup_steps", type=count, default=0, help="without the actor's [ours: none]")
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
     add("--value_clip", type=positive, default=0.2, help="of a value's move [DSC, constant]")
@@ -62,12 +63,38 @@ def parse():
     flags.add_run(parser, "output/ppo")
     args = parser.parse_args()
     args.kl_now = args.kl_coef                      # --target_kl changes it
+    if not args.reward_fn:
+        args.critic_model_name_or_path = args.critic_model_name_or_path or "output/rm"
     args.rows = args.per_device_generation_batch_size * args.generation_batches
     args.step_rows = args.per_device_training_batch_size * args.gradient_accumulation_steps
     if args.rows % args.step_rows:
         parser.error(f"a rollout of {args.rows} rows (generation batch size x batches) does not "
                      f"divide into steps of {args.step_rows} (training batch size x accumulation)")
     return args
+
+@cache
+def reward_function(spec):
+    """path.py:name -> that function.  InputError if the file does not run, or has none."""
+    path, _, name = spec.rpartition(":")
+    return flags.opened(lambda path: runpy.run_path(path)[name], path, f"function {name} of")
+
+def function_scores(batch, tokenizer, args):
+    """--reward_fn's score of each response -> (B,) fp32.  It gets lists: prompts, responses (texts
+    without special tokens), the data's rows (dicts).  InputError names the prompt it fails on."""
+    text = lambda ids, mask: [tokenizer.decode(row[seen], skip_special_tokens=True)
+                              for row, seen in zip(batch[ids], batch[mask])]
+    function = reward_function(args.reward_fn)
+    def judged(*given):
+        try:
+            scores = torch.tensor([float(score) for score in function(*given)])
+            if len(scores) != len(given[0]) or not scores.isfinite().all():
+                raise ValueError(f"{scores.tolist()} for {len(given[0])} responses")
+            return scores.to(batch["mask"].device)
+        except Exception as error:                           # the function's own: on which row?
+            for row in zip(*given) if len(given[0]) > 1 else ():
+                judged(*([part] for part in row))
+            raise flags.InputError(f"--reward_fn: {error!r}, for prompt {given[0][0]!r}") from error
+    return judged(text("prompt_ids", "prompt_mask"), text("response_ids", "mask"), batch["rows"])
 
 @torch.no_grad()
 def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
@@ -83,10 +110,12 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         batch["old_logp"] = models.policy_logprobs(actor, batch, args.temperature)          # (B, R)
         batch["ref_logp"] = models.policy_logprobs(reference, batch, args.temperature)      # (B, R)
         batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
-        batch["score"] = models.sequence_scores(reward_model, batch)                        # (B,)
+        batch["score"] = models.sequence_scores(reward_model, batch) if reward_model else 0.0
+        if args.reward_fn:                                                                  # (B,)
+            batch["score"] += args.reward_fn_weight * function_scores(batch, tokenizer, args)
     batch = models.stack(batches, tokenizer.pad_token_id)
-    names = ("mask", "ended", "old_logp", "ref_logp", "old_values")
-    mask, ended, logp, ref_logp, values = map(batch.get, names)
+    mask, ended, logp, ref_logp, values = map(
+        batch.get, ("mask", "ended", "old_logp", "ref_logp", "old_values"))
     score = batch["score"].clamp(-args.clip_reward, args.clip_reward)       # but not the penalty
     score = score - args.missing_eos_penalty * ~ended
     rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_now, float("inf"),
@@ -108,7 +137,7 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         **work(batches, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
         "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
 
-def ppo_update(actor, critic, experience, args, ema=None, text=None):
+def ppo_update(actor, critic, experience, args, ema=None, text=None, train_actor=True):
     """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
     Actor and critic take one optimizer step a minibatch.  The new log-probs come from the same
     forward, in the same mode, as the old ones, so that the first ratio is 1 up to rounding."""
@@ -129,8 +158,9 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                     unsup_loss = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
-                actor.backward(actor_loss)
-                metrics["actor_grad_norm"] = engine.step(actor)
+                if train_actor:
+                    actor.backward(actor_loss)
+                    metrics["actor_grad_norm"] = engine.step(actor)
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 mask, args.value_clip, denom)
@@ -138,7 +168,7 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
                                 "critic_grad_norm": engine.step(critic)})
-            if ema is not None and actor.was_step_applied():
+            if ema is not None and train_actor and actor.was_step_applied():
                 ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
@@ -150,7 +180,7 @@ def guard(step, metrics, args):
     """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
     kl, ratio = metrics.get("kl", 0), metrics.get("ratio_mean", 1)
     for wrong, reason in (
-            (metrics.get("score_std", 1) < 1e-6 and args.rows * engine.world_size() > 1,
+            (args.rows > 1 and not args.reward_fn and metrics.get("score_std", 1) < 1e-6,
              "the reward model scores all responses alike: is it trained, and for such data?"),
             (args.kl_stop and kl > args.kl_stop,
              f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),
@@ -162,24 +192,27 @@ def guard(step, metrics, args):
     return metrics
 
 def load_models(args, tokenizer, steps):
-    """-> actor and critic (engines with optimizers), reference and reward model (frozen)."""
+    """-> actor and critic (engines with optimizers), reference, reward model or None (frozen)."""
     length = args.max_prompt_seq_len + args.max_answer_seq_len
     common = (tokenizer, engine.pick_dtype(args.dtype), length)
     policy = partial(models.load_policy, args.actor_model_name_or_path, *common)
-    scalar = partial(models.load_scalar, args.critic_model_name_or_path, *common)
+    given = args.critic_model_name_or_path
+    scalar = partial(models.load_scalar, given or args.actor_model_name_or_path, *common, not given)
     actor, critic = (
-        engine.train_engine(model, args, name, args.per_device_training_batch_size, steps)
+        engine.train_engine(model, args, name, args.per_device_training_batch_size, steps[name])
         for model, name in ((policy(), "actor_"), (scalar(), "critic_")))
     actor.eval(), critic.eval()             # no dropout: old and new log-probs must be comparable
     return actor, critic, engine.reference(actor, policy, args, "actor_"), \
-        engine.frozen(scalar(), args, "reward", args.critic_zero_stage)
+        engine.frozen(scalar(), args, "reward", args.critic_zero_stage) if given else None
 
 def main():
     args = parse()
     engine.init(args)
     saved, start = Checkpoints(args), args.actor_model_name_or_path
     tokenizer = models.load_tokenizer(start, args)
-    models.check_same_vocabulary(start, tokenizer, args.critic_model_name_or_path)
+    models.check_same_vocabulary(start, tokenizer, args.critic_model_name_or_path or start)
+    if args.reward_fn:
+        reward_function(args.reward_fn)                     # before anything else is loaded
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
     cut, _, total = batches.plan(args, train, "generation", args.generation_batches)
@@ -187,7 +220,8 @@ def main():
     advice.check(args, "ppo", total * updates)
     text = batches.text_stream(args, tokenizer, saved.step)
 
-    actor, critic, reference, reward_model = load_models(args, tokenizer, total * updates)
+    steps = {"actor_": (total - args.critic_warmup_steps) * updates, "critic_": total * updates}
+    actor, critic, reference, reward_model = load_models(args, tokenizer, steps)
     ema = EMA(actor.module, args.ema_decay) if args.enable_ema else None
     saved.restore({"actor": actor, "critic": critic}, ema)
     shown = "score kl response_length eos_rate ratio_max clip_frac explained_variance seconds"
@@ -200,7 +234,8 @@ def main():
         if args.target_kl:                 # as PPO's penalty does (arXiv:1707.06347, section 4)
             off, floor = sampled["kl"] / args.target_kl, args.kl_coef / 100
             args.kl_now *= 1.5 if off > 2 else 0.8 if off < 0.5 and args.kl_now > floor else 1
-        updated = ppo_update(actor, critic, experience, args, ema, text)
+        updated = ppo_update(actor, critic, experience, args, ema, text,
+                             step > args.critic_warmup_steps)
         updated = engine.reduce_metrics(updated, step, args)
         sampled["flops_total"] += updated["flops_total"]
         log.step(step, {**updated, **sampled, **lrs})

@@ -3,7 +3,7 @@
     python -m rlhf.data --data_path Dahoas/rm-static --phase 2 --tokenizer facebook/opt-350m
 
 prints what training would see.  To add a data set, add a row to DATASETS."""
-import hashlib, os, re
+import hashlib, json, os, re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,6 @@ class Layout(NamedTuple):
     response: str | None = None        # what step 1 learns, where that is not `chosen`
     fix: Callable | None = None
 
-def _alpaca(row):
-    about = row.get("input", row.get("context"))
-    return {**row, "instruction": (row["instruction"] or "") + "\n\n" + about} if about else row
-
 def _webgpt(row):
     """The better answer first, without its citations."""
     columns = ("answer_0", "answer_1")[::1 if row["score_0"] > row["score_1"] else -1]
@@ -34,10 +30,10 @@ def _webgpt(row):
     better = {**row, "answer_0": best, "answer_1": worst}
     return "tie" if row["score_0"] == row["score_1"] else better
 
-def _speakers(row):
-    prompt = re.sub(r"\s*\bUSER:", render.HUMAN, row["prompt"] or "")
-    return {**row, "prompt": re.sub(r"\s*\bASSISTANT:", render.ASSISTANT, prompt)}
-
+_speakers = lambda row: {**row, "prompt": re.sub(r"\s*\bASSISTANT:", render.ASSISTANT, re.sub(
+    r"\s*\bUSER:", render.HUMAN, row["prompt"] or ""))}
+_alpaca = lambda row: {**row, "instruction": (row["instruction"] or "") + "\n\n" + about} \
+    if (about := row.get("input", row.get("context"))) else row
 _shp = lambda row: row if row["labels"] == 1 else {                 # 1: the first is the better one
     **row, "human_ref_A": row["human_ref_B"], "human_ref_B": row["human_ref_A"]}
 _last_answer = lambda row: {**row, **{                              # without the prompt before it
@@ -72,9 +68,9 @@ DATASETS = {
     "tatsu-lab/alpaca": Layout(ask("instruction"), " {output}", fix=_alpaca),
     "databricks/databricks-dolly-15k": Layout(ask("instruction"), " {response}", fix=_alpaca),
 }
-# length: of the longer sequence; key, twin: hashes of the prompt, of all; bayes: P(chosen better)
+# length: the longer one's; key, twin: hashes of prompt, all; bayes: P(chosen better); row: as JSON
 COLUMNS = {"prompt": "ids", "chosen": "ids", "rejected": "ids", "length": "int32", "cut": "bool",
-           "key": "int64", "twin": "int64", "bayes": "float64"}
+           "key": "int64", "twin": "int64", "bayes": "float64", "row": "string"}
 ALIASES = {"mkqa-Chinese": "mkqa", "mkqa-Japanese": "mkqa", "local/jsonfile": "data"}    # DSC's
 
 def layout_of(path, row, where):
@@ -160,9 +156,8 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
 def _texts(stream, name, phase, args, tokenizer, cache_dir):
     """A stream of raw rows -> Dataset of texts, hashes, why to drop a row; a bad one ends it."""
     layouts = {}
-    def number(*texts):
-        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big", signed=True) or 1
+    number = lambda *texts: int.from_bytes(hashlib.blake2b(
+        "\0".join(texts).encode(), digest_size=8).digest(), "big", signed=True) or 1
     def rows():
         for row, where in stream:
             if (columns := tuple(row)) not in layouts:
@@ -173,9 +168,10 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
             key = number(str(args.seed), prompt if args.dedup_prompts else where)
             yield {**dict(zip(("prompt", "chosen", "rejected"), texts)),
                    "reason": render.REASONS.index(reason), "key": key if prompt else 0,
-                   "twin": number(*texts), "bayes": row["bayes"] if name == "toy" else None}
+                   "twin": number(*texts), "bayes": row["bayes"] if name == "toy" else None,
+                   "row": json.dumps(row, default=str) if phase == 3 else ""}
     return cache.collect(rows(), cache_dir, prompt="string", chosen="string", rejected="string",
-                         reason="int8", key="int64", twin="int64", bayes="float64")
+                         reason="int8", key="int64", twin="int64", bayes="float64", row="string")
 
 def inspect_data():
     """What training would see: rows kept and dropped, lengths, three examples."""

@@ -15,10 +15,9 @@ _join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1
                        torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
 
 def load_tokenizer(path, args=None):
-    """The tokenizer of a folder or hub id ("toy": the embedded world's), whose eos is the
-    --end_of_conversation_token.  A pad that is missing or the eos becomes the unk, if that is a
-    token of its own, else a new `<|pad|>`: Transformers' classifiers read the last non-pad token
-    and would miss the eos.  InputError for no tokenizer, eos, token."""
+    """A tokenizer ("toy": the embedded world's) whose eos is --end_of_conversation_token.  A pad
+    that is missing or the eos becomes the unk, if that is its own token, else a new `<|pad|>`: a
+    classifier reads the last non-pad token and would miss the eos.  InputError for none, no eos."""
     tokenizer = toy.tokenizer() if path == "toy" else \
         opened(AutoTokenizer.from_pretrained, path, "the tokenizer of", trust_remote_code=False)
     end, new = (args.end_of_conversation_token, args.add_eot_token) if args else (None, False)
@@ -72,8 +71,7 @@ class ScalarModel(nn.Module):
         return self.classifier.score(hidden).squeeze(-1)
 
 def policy_logprobs(model, batch, temperature=1.0):
-    """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, for old, new and reference.  Only the
-    response's positions go through the vocabulary projection."""
+    """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, and only the response is projected."""
     ids, mask = _join(batch)
     net, keep = getattr(model, "module", model), batch["mask"].shape[1] + 1
     inputs = _apart(net, batch["position_ids"]) if "position_ids" in batch else \
@@ -97,12 +95,12 @@ def stack(batches, pad_token_id):
         side = "left" if name.startswith("prompt_") else "right"
         return torch.stack(rows) if rows[0].ndim == 0 else \
             nn.utils.rnn.pad_sequence(rows, True, pad_token_id * name.endswith("_ids"), side)
-    return {name: join(name) for name in batches[0]}
+    return {name: join(name) for name in batches[0] if name != "rows"}
 
 def save_model(model, tokenizer, path, state=None):
-    """Write weights, configs and tokenizer to the folder `path`, renamed from a temporary one in
-    it: an interrupted save leaves the previous model.  `state`: weights that are sharded.  Adapters
-    are merged, and written to `path`/adapter if nothing else was trained."""
+    """Write weights, configs, tokenizer to a temporary folder in `path`, then move them there: an
+    interrupted save leaves the previous model.  `state`: weights that are sharded.  Adapters are
+    merged, and written to `path`/adapter if nothing else was trained."""
     classifier, state = getattr(model, "classifier", model), state or model.state_dict()
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as folder:
@@ -124,9 +122,9 @@ def check_same_vocabulary(path, tokenizer, other_path):
     other = load_tokenizer(other_path)
     if other.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"{path} and {other_path} have different vocabularies: use one family")
-    if other.eos_token != tokenizer.eos_token:
-        raise InputError(f"responses end with {tokenizer.eos_token} for {path}, {other.eos_token} "
-                         f"for {other_path}: give all steps the same --end_of_conversation_token")
+    if (end := tokenizer.eos_token) != other.eos_token:
+        raise InputError(f"responses end with {end} for {path}, {other.eos_token} for {other_path}:"
+                         f" give all steps one --end_of_conversation_token")
 
 def positions(model, mask):
     """Position ids that follow the mask, for models that take them (those with ALiBi do not)."""

@@ -195,9 +195,10 @@ def plan(script, args):
 
     found = [
         Model("actor", start, "actor_", train, *cut, sampled=sample),
-        Model("critic", scores, "critic_", train, *cut, scalar=True),
-        read_only("reward", scores, True, args.critic_zero_stage),
+        Model("critic", scores or start, "critic_", train, *cut, scalar=True),
     ]
+    if scores:  # else --reward_fn is the reward
+        found.append(read_only("reward", scores, True, args.critic_zero_stage))
     if not (args.actor_lora_dim and args.only_optimize_lora):
         found.append(read_only("reference", start, False, args.actor_zero_stage))
     return found

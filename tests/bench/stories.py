@@ -4,7 +4,8 @@
 
 The model's own samples are labelled by a rule (happy words less sad ones), the pairs train a reward
 model, and PPO raises its score.  Afterwards, on held-out openings: the rule's and the reward model's
-reward, KL, perplexity of the stories under the start model, and stories before and after."""
+reward, KL, perplexity of the stories under the start model, and stories before and after.  A third
+policy learns from the rule itself, by --reward_fn, without a reward model."""
 
 import json
 import math
@@ -35,6 +36,11 @@ def rule(text):
     """Happy words less sad ones."""
     words = re.findall(r"[a-z]+", text.lower())
     return sum((word in HAPPY.split()) - (word in SAD.split()) for word in words)
+
+
+def reward(prompts, responses, rows):
+    """The rule as --reward_fn."""
+    return [rule(response) for response in responses]
 
 
 def train(script, out, *flags):
@@ -105,6 +111,9 @@ def main():
     if not (out / "ppo" / "actor" / "config.json").exists():
         train("train_ppo.py", out / "ppo", "--actor_model_name_or_path", start, "--data_path", data,
               "--critic_model_name_or_path", out / "rm", *PPO.split(), *SHARED.split())  # fmt: skip
+    if not (out / "direct" / "actor" / "config.json").exists():
+        train("train_ppo.py", out / "direct", "--actor_model_name_or_path", start, "--data_path", data,
+              "--reward_fn", f"{__file__}:reward", *PPO.split(), *SHARED.split())  # fmt: skip
     scorer = engine.frozen(models.load_scalar(f"{out}/rm", tokenizer))
     torch.manual_seed(1)
     openings = draw([[tokenizer.bos_token_id]] * 512, OPENING - 4)
@@ -113,13 +122,17 @@ def main():
     print(
         "\n| model | rule | score | KL | perplexity under the start model |\n|---|---|---|---|---|"
     )
-    shown = []
-    for name, path in (("start", start), ("PPO", f"{out}/ppo/actor")):
+    shown = {}
+    for name, path in (
+        ("start", start),
+        ("PPO", f"{out}/ppo/actor"),
+        ("PPO on the rule", f"{out}/direct/actor"),
+    ):
         model = engine.frozen(models.load_policy(path, tokenizer))
         torch.manual_seed(2)
         batch = draw(prompts, STORY, model)
         stories = texts(batch)
-        shown.append(stories)
+        shown[name] = stories
         with torch.no_grad():
             ratio = evaluate.log_ratios(model, policy, batch).sum(1)
             logp = models.policy_logprobs(policy, batch).masked_fill(~batch["mask"], 0)
@@ -131,7 +144,9 @@ def main():
         print(f"| {name} | {' | '.join(cells)} | {perplexity:.2f} |")
     for i in range(3):
         opening = tokenizer.decode(prompts[i], skip_special_tokens=True)
-        print(f"\n**{opening}**\n\n- start: {shown[0][i]}\n- PPO: {shown[1][i]}")
+        print(f"\n**{opening}**\n")
+        for name, stories in shown.items():
+            print(f"- {name}: {stories[i]}")
 
 
 if __name__ == "__main__":
