@@ -162,15 +162,8 @@ def whole(engine):
     """The engine's plain module with all parameters in place: ZeRO-3 gathers them once."""
     if engine.zero_optimization_stage() < 3:
         return (yield engine.module)
-    offload = engine.optimizer.parameter_offload
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        for hook in offload.forward_hooks + offload.backward_hooks:   # they would free parameters
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        for parameter in engine.module.parameters():
-            parameter.ds_active_sub_modules.clear()
+    with deepspeed.zero.unwrap_model_for_generation(engine):
         yield engine.module
-        offload._register_deepspeed_module(offload.module)
 
 def save(engine, tokenizer, path):
     """Save an engine's model in the Hugging Face layout; rank 0 writes."""
