@@ -133,6 +133,8 @@ def add_training(parser, learning_rate=None, warmup=0):
     add("--num_train_epochs", type=positive_int, default=1, help="passes over the data [DSC]")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches [DSC]")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="Transformers' [DSC]")
+    add("--lr_scaling", choices=("none", "sqrt", "linear"), default="none", help="by batch [ours]")
+    add("--base_batch_size", type=positive_int, default=32, help="that the rates are for [ours]")
     add("--min_lr_ratio", type=fraction, default=0.1, help="where cosine_with_min_lr ends [ours]")
     add("--num_warmup_steps", type=count, default=warmup, help="optimizer steps [DSC]")
     add("--adam_beta2", type=open_fraction, default=0.95, help="with beta1 0.9 [DSC]")
