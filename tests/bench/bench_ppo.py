@@ -48,13 +48,14 @@ def parse():
 def make(folder, vocabulary, width, layers, heads, critic_layers):
     """Random OPT models, a tokenizer of one word a token, 256 prompts of 8 to 128 tokens."""
     import torch
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
     from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
     )
@@ -98,7 +99,8 @@ def ours(args):
     flags = train_ppo.parse()
     engine.init(flags)
     tokenizer = models.load_tokenizer(f"{folder}/actor", flags)
-    actor, value, reference, reward = train_ppo.load_models(flags, tokenizer, 1000)
+    steps = {"actor_": 1000, "critic_": 1000}
+    actor, value, reference, reward = train_ppo.load_models(flags, tokenizer, steps)
     engines = actor, reference, value, reward
     rng, draw = random.Random(7), getattr(generate, "draw", None)
     eos = tokenizer.eos_token_id
