@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads of two workers would wait and spin
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(cores)]})
 
 import pytest
 import torch
