@@ -1,7 +1,8 @@
 """Sampling from the policy, one forward a token, and what makes that fast."""
 import inspect
 import torch
-from transformers import StaticCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from rlhf.args import InputError
 from rlhf.models import positions
 
@@ -14,7 +15,8 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     response = ids.new_full((len(ids), max_new_tokens), config.pad_token_id)
     mask, going = torch.zeros_like(response, dtype=torch.bool), torch.arange(len(ids)).to(ids)
     uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
-    cache = StaticCache(config=config, max_cache_len=seen.shape[1] + max_new_tokens)
+    cache, room = DynamicCache(config=config), seen.shape[1] + max_new_tokens
+    cache.layers = [Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
     for t in range(max_new_tokens):
@@ -44,3 +46,13 @@ def draw(logits, uniform, temperature, top_p, top_k):
     if not passed[:, -1].isfinite().all():
         raise InputError("the policy's probabilities are not finite: it diverged, lower its rate")
     return torch.searchsorted(passed, (uniform * passed[:, -1])[:, None], right=True)[:, 0]
+
+class Room(StaticLayer):
+    """Keys and values written into room for all, of which only the written part is shown."""
+    written, is_compileable = 0, False
+    get_seq_length = lambda self: self.written
+    get_mask_sizes = lambda self, new: (self.written + new, 0)
+    def update(self, keys, values, *_, **__):
+        rooms = super().update(keys, values)
+        self.written += keys.shape[2]
+        return [room[:, :, :self.written] for room in rooms]

@@ -3,8 +3,8 @@ the training forward agrees on."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig, MistralConfig
-from transformers import Qwen3NextConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GenerationConfig
+from transformers import GPTNeoConfig, MambaConfig, MistralConfig, Qwen3NextConfig
 
 from rlhf import batches, generate, models
 from rlhf.args import InputError
@@ -169,27 +169,53 @@ def test_a_model_without_keys_and_values_is_one_sentence():
 def test_keys_and_values_are_given_their_room_once(policy, monkeypatch):
     """Written in place until rows leave; no forward copies what stands there already."""
     model, tokenizer = policy()
-    made, held = [], []
+    held, update = [], generate.Room.update
 
-    class Watched(generate.StaticCache):
-        def __init__(self, **settings):
-            super().__init__(**settings)
-            made.append(self)
+    def watched(layer, *new, **rest):
+        keys, values = update(layer, *new, **rest)
+        held.append((len(keys), keys.shape[2], layer.keys.shape[2], id(layer), keys.data_ptr()))
+        return keys, values
 
-        def update(self, *rest, **kwargs):
-            keys, values = super().update(*rest, **kwargs)
-            held.append((len(keys), keys.shape[2], self.layers[0].keys.data_ptr()))
-            return keys, values
-
-    monkeypatch.setattr(generate, "StaticCache", Watched)
+    monkeypatch.setattr(generate.Room, "update", watched)
     torch.manual_seed(0)
     batch = sample(model, prompts(tokenizer, *[[3, 4, 5], [6]] * 8), 20)
-    assert len(made) == 1 and batch["ended"].any()
-    assert {room for _, room, _ in held} == {3 + 20}
-    addresses = {}
-    for rows, _, address in held:
-        addresses.setdefault(rows, set()).add(address)
-    assert len(addresses) > 1 and all(len(places) == 1 for places in addresses.values())
+    assert batch["ended"].any() and {room for _, _, room, *_ in held} == {3 + 20}
+    layers = model.config.num_hidden_layers
+    assert [shown for _, shown, *_ in held[::layers]] == [*range(3, 3 + len(held) // layers)]
+    places = {}
+    for rows, _, _, layer, address in held:
+        places.setdefault((rows, layer), set()).add(address)
+    assert len(places) > layers and all(len(found) == 1 for found in places.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_layers=2,
+            attention_types=[[["global", "local"], 1]],
+            num_heads=4,
+            window_size=4,
+            max_position_embeddings=64,
+        ),
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+        FalconConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+        ),
+    ],
+    ids=["GPT-Neo's window", "Bloom's ALiBi", "Falcon's ALiBi"],
+)
+def test_families_that_reckon_with_the_length_of_the_keys_sample_too(config, monkeypatch):
+    """Room that is not written yet must not look like keys."""
+    config.update(dict(pad_token_id=0, bos_token_id=1, eos_token_id=1, use_cache=True))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 5, 6, 7, 8]] * 4)
+    batch = {"prompt_ids": ids, "prompt_mask": ids > 0}
+    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch)
+    assert len({*lengths.tolist()}) > 2
 
 
 def test_a_token_is_drawn_where_the_distribution_function_passes_the_number():
