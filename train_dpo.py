@@ -35,7 +35,6 @@ def parse():
     add("--num_warmup_steps", type=flags.count, default=10, help="optimizer steps [recipe]")
     add("--max_seq_len", type=flags.at_least_2, default=256, help="tokens; then cut [recipe]")
     add("--eval_fraction", type=flags.open_fraction, default=0.05, help="held out [recipe]")
-    add("--eval_interval", type=flags.count, default=0, help="steps; 0: [recipe: a fifth]")
     return parser.parse_args()
 
 def response_logprobs(model, batch, args):

@@ -6,7 +6,7 @@
 
 Four models: the actor is the policy that learns, the reference the actor as it was; the critic
 predicts each token's return; the reward model (or --reward_fn) scores whole responses."""
-import runpy, time
+import os, runpy, time
 from functools import cache, partial
 import torch
 from rlhf import advice, args as flags, batches, data, engine, models
@@ -50,7 +50,6 @@ def parse():
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
     add = parser.add_argument_group("update").add_argument
     add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
-    add("--critic_warmup_steps", type=count, default=0, help="without the actor's [ours: none]")
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
     add("--value_clip", type=positive, default=0.2, help="of a value's move [DSC, constant]")
@@ -75,7 +74,7 @@ def parse():
 @cache
 def reward_function(spec):
     """path.py:name -> that function.  InputError if the file does not run, or has none."""
-    path, _, name = spec.rpartition(":")
+    path, _, name = os.path.abspath(spec).rpartition(":")
     return flags.opened(lambda path: runpy.run_path(path)[name], path, f"function {name} of")
 
 def function_scores(batch, tokenizer, args):
@@ -86,14 +85,14 @@ def function_scores(batch, tokenizer, args):
     function = reward_function(args.reward_fn)
     def judged(*given):
         try:
-            scores = torch.tensor([float(score) for score in function(*given)])
+            scores = torch.tensor([float(score) for score in function(*map(list, given))])
             if len(scores) != len(given[0]) or not scores.isfinite().all():
                 raise ValueError(f"{scores.tolist()} for {len(given[0])} responses")
             return scores.to(batch["mask"].device)
-        except Exception as error:                           # the function's own: on which row?
+        except (Exception, SystemExit) as error:             # the function's own: on which row?
             for row in zip(*given) if len(given[0]) > 1 else ():
                 judged(*([part] for part in row))
-            raise flags.InputError(f"--reward_fn: {error!r}, for prompt {given[0][0]!r}") from error
+            raise flags.InputError(f"--reward_fn: {error!r} at {given[0]!r:.300}") from error
     return judged(text("prompt_ids", "prompt_mask"), text("response_ids", "mask"), batch["rows"])
 
 @torch.no_grad()
@@ -137,7 +136,7 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         **work(batches, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
         "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
 
-def ppo_update(actor, critic, experience, args, ema=None, text=None, train_actor=True):
+def ppo_update(actor, critic, experience, args, ema=None, text=None):
     """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
     Actor and critic take one optimizer step a minibatch.  The new log-probs come from the same
     forward, in the same mode, as the old ones, so that the first ratio is 1 up to rounding."""
@@ -158,9 +157,8 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, train_actor
                     unsup_loss = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
-                if train_actor:
-                    actor.backward(actor_loss)
-                    metrics["actor_grad_norm"] = engine.step(actor)
+                actor.backward(actor_loss)
+                metrics["actor_grad_norm"] = engine.step(actor)
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 mask, args.value_clip, denom)
@@ -168,7 +166,7 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, train_actor
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
                                 "critic_grad_norm": engine.step(critic)})
-            if ema is not None and train_actor and actor.was_step_applied():
+            if ema is not None and actor.was_step_applied():
                 ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
@@ -179,8 +177,9 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, train_actor
 def guard(step, metrics, args):
     """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
     kl, ratio = metrics.get("kl", 0), metrics.get("ratio_mean", 1)
+    rows = 0 if args.reward_fn else args.rows * engine.world_size()     # a rule may praise nothing
     for wrong, reason in (
-            (args.rows > 1 and not args.reward_fn and metrics.get("score_std", 1) < 1e-6,
+            (rows > 1 and metrics.get("score_std", 1) < 1e-6,
              "the reward model scores all responses alike: is it trained, and for such data?"),
             (args.kl_stop and kl > args.kl_stop,
              f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),
@@ -199,7 +198,7 @@ def load_models(args, tokenizer, steps):
     given = args.critic_model_name_or_path
     scalar = partial(models.load_scalar, given or args.actor_model_name_or_path, *common, not given)
     actor, critic = (
-        engine.train_engine(model, args, name, args.per_device_training_batch_size, steps[name])
+        engine.train_engine(model, args, name, args.per_device_training_batch_size, steps)
         for model, name in ((policy(), "actor_"), (scalar(), "critic_")))
     actor.eval(), critic.eval()             # no dropout: old and new log-probs must be comparable
     return actor, critic, engine.reference(actor, policy, args, "actor_"), \
@@ -220,8 +219,7 @@ def main():
     advice.check(args, "ppo", total * updates)
     text = batches.text_stream(args, tokenizer, saved.step)
 
-    steps = {"actor_": (total - args.critic_warmup_steps) * updates, "critic_": total * updates}
-    actor, critic, reference, reward_model = load_models(args, tokenizer, steps)
+    actor, critic, reference, reward_model = load_models(args, tokenizer, total * updates)
     ema = EMA(actor.module, args.ema_decay) if args.enable_ema else None
     saved.restore({"actor": actor, "critic": critic}, ema)
     shown = "score kl response_length eos_rate ratio_max clip_frac explained_variance seconds"
@@ -234,8 +232,7 @@ def main():
         if args.target_kl:                 # as PPO's penalty does (arXiv:1707.06347, section 4)
             off, floor = sampled["kl"] / args.target_kl, args.kl_coef / 100
             args.kl_now *= 1.5 if off > 2 else 0.8 if off < 0.5 and args.kl_now > floor else 1
-        updated = ppo_update(actor, critic, experience, args, ema, text,
-                             step > args.critic_warmup_steps)
+        updated = ppo_update(actor, critic, experience, args, ema, text)
         updated = engine.reduce_metrics(updated, step, args)
         sampled["flops_total"] += updated["flops_total"]
         log.step(step, {**updated, **sampled, **lrs})

@@ -32,8 +32,6 @@ def check(args, step, total):
     values = dict(vars(args), effective_batch=batch, warmup_share=args.num_warmup_steps / total,
                   rollout_batches=of("rows", rows) / rows)
     for whose in WHOSE:
-        for name in (f"{whose}learning_rate", f"{whose}lora_learning_rate"):
-            values[name] = of(name, 0) * engine.lr_scale(args, batch)
         if rank := of(f"{whose}lora_dim"):
             values[f"{whose}lora_alpha_over_rank"] = (args.lora_alpha or 2 * rank) / rank
             scalar = step == "rm" or whose == "critic_"               # its head trains at that rate

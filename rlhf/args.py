@@ -42,7 +42,7 @@ def opened(function, path, what, *rest, **kwargs):
         raise InputError(f"{path}: there is no such file or folder")
     try:
         return function(path, *rest, **kwargs)
-    except Exception as error:            # of many libraries' own types
+    except (Exception, SystemExit) as error:            # of many libraries' own types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if "scripts are no longer supported" in reason:
             reason = "no script is run: load it with datasets<4, save_to_disk, give that folder"
@@ -128,13 +128,11 @@ def add_training(parser, learning_rate=None, warmup=0):
         add("--per_device_eval_batch_size", type=positive_int, default=16, help="rows [DSC]")
         add("--max_seq_len", type=at_least_2, default=512, help="tokens; long rows are cut [DSC]")
         add("--group_by_length", action="store_true", help="pads less [ours: off, steps random]")
-        add("--eval_interval", type=count, default=0, help="steps; 0: [DSC: an epoch]")
+        add("--eval_interval", type=count, default=0, help="0: [DSC: an epoch; DPO: a fifth]")
         add_trained(parser, "", learning_rate)
     add("--num_train_epochs", type=positive_int, default=1, help="passes over the data [DSC]")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches [DSC]")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="Transformers' [DSC]")
-    add("--lr_scaling", choices=("none", "sqrt", "linear"), default="none", help="by batch [ours]")
-    add("--base_batch_size", type=positive_int, default=32, help="that the rates are for [ours]")
     add("--min_lr_ratio", type=fraction, default=0.1, help="where cosine_with_min_lr ends [ours]")
     add("--num_warmup_steps", type=count, default=warmup, help="optimizer steps [DSC]")
     add("--adam_beta2", type=open_fraction, default=0.95, help="with beta1 0.9 [DSC]")

@@ -22,8 +22,6 @@ world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 device = lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pick_dtype = lambda flag: DTYPES.get(flag) or DTYPES[
     "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"]
-lr_scale = lambda args, batch: (batch / args.base_batch_size) ** {        # on all of its rates
-    "none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scaling]
 anywhere = lambda fact: bool(gather(torch.tensor(float(fact), device=device())).any())
 # Per-row values of all ranks' eval_batches -> (total, ...) in the data set's order.
 gather_rows = lambda values, total: gather(values).transpose(0, 1).flatten(0, 1)[:total]
@@ -79,21 +77,21 @@ def train_engine(model, args, name, micro_batch, total_steps):
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):    # its own way needs dropout's mode
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    groups, rows = defaultdict(list), micro_batch * args.gradient_accumulation_steps * world_size()
+    groups = defaultdict(list)
     for weight_name, weight in model.named_parameters():
         if weight.requires_grad:
             rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate")
             groups[rate, of("weight_decay") if weight.ndim >= 2 else 0.0].append(weight)
     adam = deepspeed.ops.adam.DeepSpeedCPUAdam if args.offload else \
         partial(torch.optim.AdamW, fused=True)
-    optimizer = adam([{"params": weights, "lr": rate * lr_scale(args, rows), "weight_decay": decay}
+    optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
                       for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
     least = {"min_lr_rate": args.min_lr_ratio} if "min_lr" in args.lr_scheduler_type else {}
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
                                           total_steps, least)
     config = {"train_micro_batch_size_per_gpu": micro_batch, "steps_per_print": 1 << 31,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
-              "train_batch_size": rows,
+              "train_batch_size": micro_batch * args.gradient_accumulation_steps * world_size(),
               "gradient_clipping": args.max_grad_norm,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"},

@@ -1,8 +1,6 @@
 """Did it get better?  Compares models on held-out prompts, in one process.
 
-    python -m rlhf.evaluate --models sft=output/sft ppo=output/ppo/actor --best_of 4 16 64
-
-The first model is the baseline of win rates, KL, best-of-n.  The toy world knows a true reward."""
+    python -m rlhf.evaluate --models sft=output/sft ppo=output/ppo/actor --best_of 4 16 64"""
 import math
 from functools import partial
 import torch

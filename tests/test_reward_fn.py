@@ -1,6 +1,7 @@
-"""--reward_fn: a Python function is the reward, alone or beside a reward model; the critic warms up."""
+"""--reward_fn: a Python function is the reward, alone or beside a reward model."""
 
 import json
+import re
 import textwrap
 
 import pytest
@@ -85,25 +86,34 @@ def test_beside_a_reward_model_its_score_is_weighted_and_added_on_two_ranks(
         ("def f(p, r, rows): return [0.0]", "[0.0] for 16 responses"),
         ("def f(p, r, rows): return [row['answer'] for row in rows]", "KeyError('answer')"),
         ("def f(p, r, rows): return 1", "'int' object is not iterable"),
+        ("import sys\ndef f(p, r, rows): sys.exit(0)", "SystemExit(0)"),
+        ("def f(p, r, rows): return [[p.pop() for _ in p[1:]], 0.0][1:]", "[0.0] for 16 responses"),
     ],
 )
 def test_its_errors_name_the_prompt(world, ppo, call, function, code, expected):
     settings = alone(ppo("out", reward_fn=function(code)))
-    code, error = call(train_ppo, **settings)
-    assert code == 1 and len(error.strip().splitlines()) == 1
+    status, error = call(train_ppo, **settings)
+    assert status == 1 and len(error.strip().splitlines()) == 1
     assert error.startswith("train_ppo.py: error: --reward_fn: ") and expected in error
-    said = error.partition("for prompt '")[2].partition("'")[0]
+    said = re.findall("w[0-9 w]+", error.partition(" at ['")[2])
     with open(f"{world['data']}/train.jsonl") as file:
-        assert said in {json.loads(line)["prompt"] for line in file}
+        prompts = {json.loads(line)["prompt"] for line in file}
+    together = "for 16" in expected or "pop" in code
+    assert {*said[:5]} <= prompts and (len(said) > 5 if together else len(said) == 1)
     if "zero" in expected:
-        assert len(said) == 8
+        assert len(said[0]) == 8
     if "nan" in expected:
-        assert "5" in said
+        assert "5" in said[0]
 
 
 @pytest.mark.parametrize(
     "code,expected",
-    [("def f(: pass", "invalid syntax"), ("import no_such", "no_such"), ("x = 1", "'f'")],
+    [
+        ("def f(: pass", "invalid syntax"),
+        ("import no_such", "no_such"),
+        ("x = 1", "'f'"),
+        ("exit(0)", "0"),
+    ],
 )
 def test_a_file_that_cannot_serve_is_one_sentence(world, ppo, call, tmp_path, code, expected):
     (tmp_path / "bad.py").write_text(code)
@@ -112,24 +122,6 @@ def test_a_file_that_cannot_serve_is_one_sentence(world, ppo, call, tmp_path, co
     assert code == 1 and "cannot load function f of" in error and expected in error
     code, error = call(train_ppo, **{**missing, "reward_fn": tmp_path / "none.py:f"})
     assert code == 1 and "none.py: there is no such file" in error
-
-
-def test_a_critic_that_warms_up_moves_alone_and_the_actors_schedule_waits(world, ppo, call):
-    rates = dict(actor_lr=5e-3, critic_lr=5e-3, lr_scheduler_type="linear", enable_ema=True)
-    for steps in (2, 4):
-        warm = ppo(f"warm{steps}", **rates, critic_warmup_steps=2, max_steps=steps)
-        code, error = call(train_ppo, **warm)
-        assert code == 0, error
-        folder = world["out"] / f"warm{steps}"
-        begun, actor, ema = map(weights, (world["actor"], folder / "actor", folder / "actor_ema"))
-        moved = [not torch.equal(begun[n], actor[n]) for n in begun]
-        assert any(moved) == (steps == 4)
-        assert any(not torch.equal(begun[n], ema[n]) for n in begun) == (steps == 4)
-        rows = metrics(folder)
-        assert ["actor_grad_norm" in row for row in rows] == [False] * 2 + [True] * (steps - 2)
-        assert all(row["critic_grad_norm"] > 0 for row in rows)
-    assert [row["actor_lr"] for row in rows] == pytest.approx([5e-3, 5e-3, 5e-3, 2.5e-3])
-    assert [row["critic_lr"] for row in rows] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
 
 
 def test_readmes_example_is_a_reward_function():

@@ -244,17 +244,6 @@ def test_target_kl_raises_the_coefficient_above_twice_it_and_lowers_it_below_hal
     assert found == pytest.approx(expected) and found[-1] == found[-2] < 0.0002
 
 
-@pytest.mark.parametrize("scaling,factor", [("none", 1), ("sqrt", 0.5), ("linear", 0.25)])
-def test_rates_follow_the_effective_batch_when_asked(start, world, call, scaling, factor):
-    """Eight pairs where the rates are meant for 32."""
-    cut = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1)
-    how = dict(lr_scaling=scaling, base_batch_size=32, lr=1e-3)
-    code, error = call(train_rm, **{**start, **cut, **how, "output_dir": world["out"] / "rm"})
-    assert code == 0, error
-    [row] = [row for row in metrics(world["out"] / "rm") if "lr" in row]
-    assert row["lr"] == pytest.approx(1e-3 * factor)
-
-
 def test_a_cosine_ends_at_the_least_rate_that_is_asked_for(start, world, call):
     shape = dict(lr_scheduler_type="cosine_with_min_lr", min_lr_ratio=0.2, lr=1e-3, max_steps=8)
     code, error = call(train_rm, **{**start, **shape, "output_dir": world["out"] / "rm"})

@@ -99,8 +99,7 @@ def ours(args):
     flags = train_ppo.parse()
     engine.init(flags)
     tokenizer = models.load_tokenizer(f"{folder}/actor", flags)
-    steps = {"actor_": 1000, "critic_": 1000}
-    actor, value, reference, reward = train_ppo.load_models(flags, tokenizer, steps)
+    actor, value, reference, reward = train_ppo.load_models(flags, tokenizer, 1000)
     engines = actor, reference, value, reward
     rng, draw = random.Random(7), getattr(generate, "draw", None)
     eos = tokenizer.eos_token_id
