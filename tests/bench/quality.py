@@ -281,7 +281,8 @@ def tables(rows):
         for n in SIZES:
             cells = [ci([row[f"{n} {key}"] for row in best]) for key in ("true_reward", "score")]
             print(f"| {n} | {best[0][f'{n} kl']:.3f} | {' | '.join(cells)} |")
-    curves = [row for row in rows if row["study"] == "weak"]
+    weak_rows = [row for row in rows if row["study"] == "weak"]
+    curves = sorted(weak_rows, key=lambda row: (row["setting"], row["seed"]))
     if curves:
         print("\n**weak** (means of ten rollouts: true reward at score and KL)\n\n| pairs | seed | at its "
               "best | at the end |\n|---|---|---|---|")  # fmt: skip
