@@ -19,7 +19,7 @@ def parse():
     parser = flags.Parser(__doc__)
     flags.add_training(parser, learning_rate=2e-6)
     flags.add_run(parser, "output/dpo")
-    add = parser.add_argument_group("DPO and its own defaults").add_argument
+    add = parser.add_argument_group("DPO, own defaults", conflict_handler="resolve").add_argument
     add("--beta", type=flags.positive, default=0.5, help="price of leaving the reference [recipe]")
     add("--label_smoothing", type=flags.fraction, default=0.0, help="share of wrong labels [DSC]")
     add("--loss_type", choices=("sigmoid", "ipo", "hinge"), default="sigmoid", help="[DPO]")

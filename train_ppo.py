@@ -6,7 +6,7 @@
 
 Four models: the actor is the policy that learns, the reference the actor as it was; the critic
 predicts each token's return; the reward model (or --reward_fn) scores whole responses."""
-import os, runpy, time
+import json, os, runpy, time
 from functools import cache, partial
 import torch
 from rlhf import advice, args as flags, batches, data, engine, models
@@ -80,8 +80,6 @@ def reward_function(spec):
 def function_scores(batch, tokenizer, args):
     """--reward_fn's score of each response -> (B,) fp32.  It gets lists: prompts, responses (texts
     without special tokens), the data's rows (dicts).  InputError names the prompt it fails on."""
-    text = lambda ids, mask: [tokenizer.decode(row[seen], skip_special_tokens=True)
-                              for row, seen in zip(batch[ids], batch[mask])]
     function = reward_function(args.reward_fn)
     def judged(*given):
         try:
@@ -93,7 +91,9 @@ def function_scores(batch, tokenizer, args):
             for row in zip(*given) if len(given[0]) > 1 else ():
                 judged(*([part] for part in row))
             raise flags.InputError(f"--reward_fn: {error!r} at {given[0]!r:.300}") from error
-    return judged(text("prompt_ids", "prompt_mask"), text("response_ids", "mask"), batch["rows"])
+    return judged(models.texts(tokenizer, batch["prompt_ids"], batch["prompt_mask"]),
+                  models.texts(tokenizer, batch["response_ids"], batch["mask"]),
+                  [json.loads(row) for row in batch["rows"]])
 
 @torch.no_grad()
 def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
@@ -209,7 +209,7 @@ def main():
     engine.init(args)
     saved, start = Checkpoints(args), args.actor_model_name_or_path
     tokenizer = models.load_tokenizer(start, args)
-    models.check_same_vocabulary(start, tokenizer, args.critic_model_name_or_path or start)
+    models.check_same_vocabulary(start, tokenizer, args.critic_model_name_or_path)
     if args.reward_fn:
         reward_function(args.reward_fn)                     # before anything else is loaded
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)

@@ -13,8 +13,8 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse with one-sentence errors (exit code 2)."""
     def __init__(self, doc):
-        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False, conflict_handler=
-                         "resolve", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
         for text in sorted(unknown, key=lambda text: text[:1] != "-"):          # flags come first

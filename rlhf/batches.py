@@ -1,5 +1,5 @@
 """Rows of ids -> padded or packed batches -> optimizer steps, the same on any number of ranks."""
-import bisect, json, os
+import bisect, os
 from functools import partial
 import torch
 from datasets import load_from_disk
@@ -53,7 +53,7 @@ def collate(tokenizer, rows, responses=("chosen",)):
         texts = [row[name] for name in responses for row in rows]
         batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))
     if rows[0].get("row"):                                       # of step 3, for --reward_fn
-        batch["rows"] = [json.loads(row["row"]) for row in rows]
+        batch["rows"] = [row["row"] for row in rows]
     if "ref_logp" in rows[0]:                                  # train_dpo.py --precompute_ref_logp
         pairs = torch.tensor([row["ref_logp"] for row in rows], device=engine.device())
         batch["ref_logp"] = pairs.T.flatten()                                               # (2B,)

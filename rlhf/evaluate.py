@@ -43,8 +43,7 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
         parts.append({"score": models.sequence_scores(reward_model, batch),
                       "kl": log_ratios(policy, baseline, batch, args.temperature).sum(1),
                       "length": batch["mask"].sum(1), "ended": batch["ended"]})
-        texts += [tokenizer.decode(ids[mask], skip_special_tokens=True)
-                  for ids, mask in zip(batch["response_ids"], batch["mask"])]
+        texts += models.texts(tokenizer, batch["response_ids"], batch["mask"])
     return {**{name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}, "text": texts}
 
 def log_ratios(policy, reference, batch, temperature=1.0):

@@ -13,6 +13,8 @@ from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
 _join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),     # (B, P + R)
                        torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
+texts = lambda tokenizer, ids, mask: [                             # without special tokens
+    tokenizer.decode(row[seen], skip_special_tokens=True) for row, seen in zip(ids, mask)]
 
 def load_tokenizer(path, args=None):
     """A tokenizer ("toy": the embedded world's) whose eos is --end_of_conversation_token.  A pad
@@ -118,8 +120,8 @@ def save_model(model, tokenizer, path, state=None):
             file.replace(target)
 
 def check_same_vocabulary(path, tokenizer, other_path):
-    """InputError unless both models know the same tokens: each is fed the other's ids."""
-    other = load_tokenizer(other_path)
+    """InputError unless both models, if there is a second, know the same tokens: they share ids."""
+    other = load_tokenizer(other_path) if other_path else tokenizer
     if other.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"{path} and {other_path} have different vocabularies: use one family")
     if (end := tokenizer.eos_token) != other.eos_token:

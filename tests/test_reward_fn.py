@@ -124,6 +124,13 @@ def test_a_file_that_cannot_serve_is_one_sentence(world, ppo, call, tmp_path, co
     assert code == 1 and "none.py: there is no such file" in error
 
 
+def test_another_end_token_needs_no_second_model_to_agree(world, ppo, call, function):
+    spec = function("def words(p, r, rows): return [len(text.split()) for text in r]")
+    ends = dict(end_of_conversation_token="w3", max_steps=1)
+    code, error = call(train_ppo, **alone(ppo("out", reward_fn=spec, **ends)))
+    assert code == 0, error
+
+
 def test_readmes_example_is_a_reward_function():
     section = (ROOT / "README.md").read_text().partition("## A reward of your own")[2]
     code = section.partition("```python\n")[2].partition("```")[0]

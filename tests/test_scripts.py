@@ -458,7 +458,7 @@ def test_a_bad_flag_is_one_sentence_and_exit_code_2(call, script, arguments, exp
     assert code == 2 and expected in error and len(error.strip().splitlines()) == 1, error
 
 
-@pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo])
+@pytest.mark.parametrize("script", [train_sft, train_rm, train_dpo, train_ppo])
 def test_every_flag_has_help_with_the_source_of_its_default(script, parser_of):
     parser = parser_of(script)
     for action in parser._actions[1:]:

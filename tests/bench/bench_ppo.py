@@ -25,20 +25,42 @@ SHAPES = {"tiny": (8192, 256, 4, 4, 2), "opt125": (50272, 768, 12, 12, 4)}
 PHASES = {"gen": "generation", "exp": "scoring", "train": "update", "total": "iteration"}
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def common(doc):
+    """A parser of what all benchmarks against TRL share."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     add = parser.add_argument
     add("--fixture", required=True)
     add("--model", default="tiny", choices=SHAPES)
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--batch", type=int, default=4)
+    add("--turns", type=int, default=3)
+    return parser
+
+
+def result(command):
+    """The JSON row that a benchmark's process prints; its failure ends this one."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if not rows:
+        sys.exit(f"{command} failed:\n{done.stderr[-2000:]}")
+    return json.loads(rows[0].removeprefix("RESULT"))
+
+
+def ratio(found, name):
+    """TRL's over ours, turn by turn: the median and the range."""
+    ratios = sorted(a[name] / b[name] for a, b in zip(found["trl"], found["ours"]))
+    return f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def parse():
+    parser = common(__doc__)
+    add = parser.add_argument
     add("--iters", type=int, default=4)
     add("--warm", type=int, default=1)
     add("--varlen", action="store_true", help="responses end after 16 to 128 tokens, not at 128")
     add("--response", type=int, default=128)
     add("--extra", default="", help="more flags of train_ppo.py")
     add("--vs", nargs=2, metavar=("PYTHON", "DRIVER"))
-    add("--turns", type=int, default=3)
     args = parser.parse_args()
     if args.vs and (args.extra or args.response != 128):
         parser.error("--vs compares at 128 new tokens, without --extra")
@@ -159,16 +181,10 @@ def against(args):
         for _ in range(args.turns):
             theirs = [python, driver, *same, "--out", folder]
             for name, command in (("trl", theirs), ("ours", [sys.executable, __file__, *same])):
-                result = subprocess.run(command, capture_output=True, text=True)
-                rows = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
-                if not rows:
-                    sys.exit(f"{command} failed:\n{result.stderr[-2000:]}")
-                found[name].append(json.loads(rows[0].removeprefix("RESULT")))
+                found[name].append(result(command))
                 print(name, found[name][-1], file=sys.stderr)
     cells = [f"{args.model} {args.dtype}{', varying lengths' * args.varlen}, batch {args.batch}"]
-    for phase in PHASES:
-        ratios = sorted(a[phase] / b[phase] for a, b in zip(found["trl"], found["ours"]))
-        cells.append(f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    cells += [ratio(found, phase) for phase in PHASES]
     cells += [f"{median(row['total'] for row in found[name]):.2f}" for name in ("trl", "ours")]
     cells += [f"{max(row['rss_gb'] for row in found[name]):.2f}" for name in ("trl", "ours")]
     print(f"| {' | '.join(cells)} |")

@@ -7,12 +7,10 @@ trainers, in turn, on the same random models and rows (prompts of 96 tokens, res
 DIR is filled where it is empty (see bench_ppo.py).  Prints Markdown rows: TRL's time over ours, the
 median of the turns and their range.  Run nothing else meanwhile."""
 
-import argparse
 import json
 import os
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,20 +18,15 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from tests.bench.bench_ppo import SHAPES, make  # noqa: E402
+from tests.bench.bench_ppo import SHAPES, common, make, ratio, result  # noqa: E402
 
 METHODS = {"sft": "actor", "rm": "critic_seqcls", "dpo": "actor"}
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = common(__doc__)
     add = parser.add_argument
-    add("--fixture", required=True)
-    add("--model", default="tiny", choices=SHAPES)
-    add("--dtype", default="fp32", choices=("fp32", "bf16"))
-    add("--batch", type=int, default=4)
     add("--steps", type=int, default=5)
-    add("--turns", type=int, default=3)
     add("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     add("--vs", metavar="PYTHON", help="TRL's; without it, time --side here")
     add("--side", choices=("ours", "trl"), default="ours")
@@ -159,14 +152,8 @@ def main():
         for _ in range(args.turns):
             for side, python in (("trl", args.vs), ("ours", sys.executable)):
                 command = [python, __file__, *same, "--methods", method, "--side", side]
-                done = subprocess.run(command, capture_output=True, text=True)
-                rows = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-                if not rows:
-                    sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-                found[side].append(json.loads(rows[0].removeprefix("RESULT")))
-        ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(found["trl"], found["ours"]))
-        cells = [f"{method} {args.model} {args.dtype}"]
-        cells += [f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"]
+                found[side].append(result(command))
+        cells = [f"{method} {args.model} {args.dtype}", ratio(found, "seconds")]
         cells += [f"{median(row['seconds'] for row in found[side]):.3f}" for side in found]
         cells += [f"{max(row['gib'] for row in found[side]):.2f}" for side in found]
         print(f"| {' | '.join(cells)} |", flush=True)
