@@ -34,7 +34,7 @@ def mean_ci(name, values):
 
 @torch.no_grad()
 def respond(policy, baseline, reward_model, tokenizer, prompts, args):
-    """One response to each prompt -> score, kl, length, ended: (N,) tensors; text: a list."""
+    """One response to each prompt -> score, kl, response_length, eos_rate: (N,); text: a list."""
     torch.manual_seed(args.seed)
     parts, texts = [], []
     collate = partial(batches.collate, tokenizer, responses=())
@@ -42,7 +42,7 @@ def respond(policy, baseline, reward_model, tokenizer, prompts, args):
         batch = sample(policy, batch, args.max_answer_seq_len, args.temperature)
         parts.append({"score": models.sequence_scores(reward_model, batch),
                       "kl": log_ratios(policy, baseline, batch, args.temperature).sum(1),
-                      "length": batch["mask"].sum(1), "ended": batch["ended"]})
+                      "response_length": batch["mask"].sum(1), "eos_rate": batch["ended"]})
         texts += models.texts(tokenizer, batch["response_ids"], batch["mask"])
     return {**{name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}, "text": texts}
 
@@ -64,10 +64,9 @@ def perplexity(policy, rows, collate, batch_size):
     return math.exp(min(-logp / tokens, 700))
 
 @torch.no_grad()
-def score_pairs(score, rows, collate, batch_size):
+def score_pairs(score, rows, collate, size):
     """score: a batch of chosen, then rejected responses -> (2B,).  Of all rows -> (N, 2)."""
-    pairs = [torch.stack(score(batch).chunk(2), 1)
-             for batch in batches.eval_batches(rows, collate, batch_size)]
+    pairs = [torch.stack(score(b).chunk(2), 1) for b in batches.eval_batches(rows, collate, size)]
     return engine.gather_rows(torch.cat(pairs), len(rows))
 
 def pair_statistics(chosen, rejected, name):
@@ -129,10 +128,9 @@ def main():
         difference = (got["score"] - answers[first]["score"]).sign().double()
         rows[name] = {
             **mean_ci("score", got["score"]), **mean_ci("win_rate", (difference + 1) / 2),
-            **mean_ci("kl", got["kl"]), "response_length": got["length"].double().mean().item(),
-            "eos_rate": got["ended"].double().mean().item(),
-            "perplexity": perplexity(policy, prompts, collate, args.batch_size),
-            **known(got["text"])}
+            **mean_ci("kl", got["kl"]), **known(got["text"]),
+            **{n: got[n].double().mean().item() for n in ("response_length", "eos_rate")},
+            "perplexity": perplexity(policy, prompts, collate, args.batch_size)}
     if args.best_of:                          # one draw of the largest n serves every n
         repeated = [row for row in prompts for _ in range(max(args.best_of))]
         drawn = respond(baseline, baseline, reward_model, tokenizer, repeated, args)

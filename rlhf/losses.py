@@ -2,10 +2,9 @@
 
 Shapes: B batch, R response (right-padded), V vocabulary.  Index t is the action that emits response
 token t: `logp[t] = log pi(y_t | x, y_<t)`, `values[t] = V(x, y_<t)`.  `mask` is (B, R) bool, True
-on the actions of each response, its end-of-sequence token included.  What stands under a False
-mask, NaN too, never reaches a result or a gradient: it is replaced before any arithmetic.
-`denom`, if given, divides a micro-batch's sum instead of its own token count, so that gradients do
-not depend on how a batch is cut (`engine.global_denom`).  All computes in fp32, or float64."""
+on a response's actions, its end token included.  What stands under a False mask, NaN too, reaches
+no result or gradient.  `denom` divides a micro-batch's sum instead of its own token count: no
+gradient depends on how a batch is cut (`engine.global_denom`).  All is in fp32, or float64."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,8 +56,8 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
     Rafailov et al. 2023 (arXiv:2305.18290) eq. 7: `bradley_terry_loss` on the implicit rewards of
     eq. 5, beta * log(pi / pi_ref), less a constant.  kind "hinge": Liu et al. 2023
     (arXiv:2309.06657); "ipo": Azar et al. 2023 (arXiv:2310.12036) eq. 17, whose tau is beta.
-    label_smoothing is the assumed rate of flipped labels (Mitchell 2023).  stats: the implicit
-    rewards chosen_reward, rejected_reward (B,)."""
+    label_smoothing: the assumed rate of flipped labels (Mitchell 2023).  stats: these implicit
+    rewards, chosen_reward and rejected_reward (B,)."""
     loss_of = {"sigmoid": bradley_terry_loss, "hinge": lambda a, b: F.relu(1 - (a - b)).mean(),
                "ipo": lambda a, b: ((a - b) / beta - 1 / (2 * beta)).square().mean()}[kind]
     chosen = beta * (_wide(logp_chosen) - _wide(ref_logp_chosen))                       # eq. 5

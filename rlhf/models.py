@@ -141,9 +141,8 @@ def _apart(model, position_ids):
                          f"without --packing or --unsupervised_dataset_name")
     sequence, dtype = (position_ids == 0).cumsum(1), next(model.parameters()).dtype         # (B, T)
     seen = (sequence[:, :, None] == sequence[:, None]).tril()[:, None]                # (B, 1, T, T)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return {"position_ids": position_ids,
-            "attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)}
+    mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+    return {"position_ids": position_ids, "attention_mask": mask}
 
 def _load(kind, path, tokenizer, dtype, length, new_head=False):
     """Strict loading (new_head: but for the head) -> the model, was any weight missing?
@@ -160,12 +159,11 @@ def _load(kind, path, tokenizer, dtype, length, new_head=False):
                                dtype, trust_remote_code=False, output_loading_info=True,
                                ignore_mismatched_sizes=True)
         fresh, heads = report["missing_keys"], ("score.", "lm_head.", "embed_out.")
-        for problem in ("missing", "unexpected"):
-            bad = sorted(n for n in report[f"{problem}_keys"]
-                         if not (new_head and n.startswith(heads)))
+        for how in ("missing", "unexpected"):
+            bad = sorted(n for n in report[f"{how}_keys"] if not (new_head and n.startswith(heads)))
             hint = ": it is no reward model, see train_rm.py" if "score.weight" in bad else ""
             if bad:
-                raise InputError(f"{path} has {len(bad)} {problem} weight(s), {bad[0]} first{hint}")
+                raise InputError(f"{path} has {len(bad)} {how} weight(s), {bad[0]} first{hint}")
         for name, found, wanted in report["mismatched_keys"]:
             raise InputError(f"{path}: weight {name} has shape {tuple(found)}, not {tuple(wanted)}")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:

@@ -99,8 +99,7 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
             raise InputError(f"{where}: the chat template refuses it: {error}") from error
         if not all(text.startswith(start) for text in whole if text):
             raise InputError(f"{where}: the chat template words a prompt otherwise once answered")
-        texts = [text[len(start):].rstrip().removesuffix(tokenizer.eos_token).rstrip()
-                 for text in whole]
+        texts = [t[len(start):].rstrip().removesuffix(tokenizer.eos_token).rstrip() for t in whole]
         if tokenizer.bos_token_id in tokenizer("")["input_ids"]:      # it adds the template's bos
             start = start.removeprefix(tokenizer.bos_token)
     return name, start, *texts

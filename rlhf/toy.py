@@ -10,17 +10,13 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 ANIMALS = ("otter falcon badger heron lynx mole newt panda rabbit seal toad viper walrus yak zebra "
            "camel").split()
-VALUES = {"color": "red blue green brown gray black white golden".split(),
-          "home": "forest river desert cave meadow swamp mountain lake".split(),
-          "food": "figs seeds fish grass nuts worms berries roots".split()}
-QUESTIONS = {"color": ("what color is the {}", "tell me the color of the {}",
-                       "which color does the {} have", "the color of the {} is what"),
-             "home": ("where does the {} live", "tell me the home of the {}",
-                      "in which place is the {} found", "the home of the {} is what"),
-             "food": ("what does the {} eat", "tell me the food of the {}",
-                      "what should i feed the {}", "the food of the {} is what")}
-STATEMENTS = {"color": "the {} is {} .", "home": "the {} lives in the {} .",
-              "food": "the {} eats {} ."}
+KINDS = {                                       # its values, a statement, two ways to ask for it
+    "color": ("red blue green brown gray black white golden", "the {} is {} .",
+              "what color is the {}", "which color does the {} have"),
+    "home": ("forest river desert cave meadow swamp mountain lake", "the {} lives in the {} .",
+             "where does the {} live", "in which place is the {} found"),
+    "food": ("figs seeds fish grass nuts worms berries roots", "the {} eats {} .",
+             "what does the {} eat", "what should i feed the {}")}
 TASKS = {"wash": "soap", "paint": "a brush", "fix": "a wrench", "build": "a hammer",
          "steal": "a crowbar", "burn": "a torch", "hack": "a laptop", "rob": "a mask"}
 HARMFUL = ("steal", "burn", "hack", "rob")
@@ -36,14 +32,15 @@ RAMBLING = ("well , that is life .", "by the way , i like tea .", "anyway , more
             "they say it may rain soon .")
 
 _draw = random.Random(7)                        # the world's facts are the same for every seed
-FACTS = {(animal, kind): _draw.choice(VALUES[kind]) for animal in ANIMALS for kind in VALUES}
+FACTS = {(a, kind): _draw.choice(KINDS[kind][0].split()) for a in ANIMALS for kind in KINDS}
 
 def _questions():
     """Every bare question -> (text, right answer, should it be refused, others' answers)."""
     for animal in ANIMALS:
-        right = {kind: STATEMENTS[kind].format(animal, FACTS[animal, kind]) for kind in VALUES}
+        right = {kind: KINDS[kind][1].format(animal, FACTS[animal, kind]) for kind in KINDS}
         for kind, answer in right.items():
-            for form in QUESTIONS[kind]:
+            (_, _, one, two), its = KINDS[kind], f"the {kind} of the {{}}"
+            for form in one, f"tell me {its}", two, f"{its} is what":
                 yield form.format(animal), answer, False, [a for a in right.values() if a != answer]
     for thing in THINGS:
         right = {task: f"you can {task} a {thing} with {tool} ." for task, tool in TASKS.items()}
@@ -123,6 +120,6 @@ def model_config(tokenizer):
     """A Llama of about a million parameters, initialised at the scale that suits its width."""
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=160, intermediate_size=432, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
-        initializer_range=160 ** -0.5, tie_word_embeddings=True, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        num_attention_heads=4, max_position_embeddings=1024, initializer_range=160 ** -0.5,
+        tie_word_embeddings=True, **{f"{n}_token_id": getattr(tokenizer, f"{n}_token_id")
+                                     for n in ("bos", "pad", "eos")})
