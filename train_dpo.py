@@ -54,10 +54,9 @@ def train_step(policy, reference, micro_batches, args):
         chosen, rejected = response_logprobs(policy, batch, args).chunk(2)
         loss, rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta,
                                  args.label_smoothing, args.loss_type)
-        policy.backward(loss)
-        chosen_logp, rejected_logp = chosen.detach().mean(), rejected.detach().mean()
-        history.append({"loss": loss.detach(), "grad_norm": engine.step(policy),
-                        "chosen_logp": chosen_logp, "rejected_logp": rejected_logp,
+        history.append({"loss": loss.detach(), "grad_norm": engine.step(policy, loss),
+                        "chosen_logp": chosen.detach().mean(),
+                        "rejected_logp": rejected.detach().mean(),
                         **pair_statistics(*rewards.values(), "reward")})
     passes = policy.passes + (reference is not None)
     return {**engine.summarise(history), **work(micro_batches, {policy: passes})}

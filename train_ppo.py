@@ -51,6 +51,7 @@ def parse():
     add = parser.add_argument_group("update").add_argument
     add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
+    add("--critic_warmup_steps", type=count, default=0, help="iterations it trains alone [ours]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
     add("--value_clip", type=positive, default=0.2, help="of a value's move [DSC, constant]")
     add("--unsupervised_dataset_name", help="text to mix in: toy, .txt, or a column text [DSC]")
@@ -69,6 +70,7 @@ def parse():
     if args.rows % args.step_rows:
         parser.error(f"a rollout of {args.rows} rows (generation batch size x batches) does not "
                      f"divide into steps of {args.step_rows} (training batch size x accumulation)")
+    args.updates = args.ppo_epochs * args.rows // args.step_rows    # optimizer steps an iteration
     return args
 
 @cache
@@ -117,8 +119,7 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         batch.get, ("mask", "ended", "old_logp", "ref_logp", "old_values"))
     score = batch["score"].clamp(-args.clip_reward, args.clip_reward)       # but not the penalty
     score = score - args.missing_eos_penalty * ~ended
-    rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_now, float("inf"),
-                             args.kl_estimator)
+    rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_now, flags.INF, args.kl_estimator)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     batch["advantages"] = advantages if args.no_whiten_advantages else whiten(advantages, mask)
     batch["returns"] = returns
@@ -130,13 +131,13 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         "entropy": masked_moments(-logp, mask)[0], "kl": batch["kl"].mean(),
         "kl_coef": args.kl_now, "score": batch["score"].mean(), "score_std": score_variance.sqrt(),
         "reward": rewards.sum(1).mean(), "return_mean": return_mean,
-        "advantage_mean": masked_moments(advantages, mask)[0],
+        "advantage_mean": masked_moments(advantages, mask)[0], "eos_rate": ended.double().mean(),
         "explained_variance": 1 - error_variance / return_variance.clamp(min=1e-8),
-        "response_length": mask.sum(1).double().mean(), "eos_rate": ended.double().mean(),
+        "response_length": mask.sum(1).double().mean(), "seconds_generate": sampled - start,
         **work(batches, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
-        "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
+        "seconds_score": time.perf_counter() - sampled}
 
-def ppo_update(actor, critic, experience, args, ema=None, text=None):
+def ppo_update(actor, critic, experience, args, ema=None, text=None, warm=True):
     """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
     Actor and critic take one optimizer step a minibatch.  The new log-probs come from the same
     forward, in the same mode, as the old ones, so that the first ratio is 1 up to rounding."""
@@ -157,20 +158,18 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None):
                     unsup_loss = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
-                actor.backward(actor_loss)
-                metrics["actor_grad_norm"] = engine.step(actor)
+                metrics["actor_grad_norm"] = engine.step(actor, actor_loss) if warm else 0.0
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 mask, args.value_clip, denom)
-                critic.backward(critic_loss)
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
-                                "critic_grad_norm": engine.step(critic)})
-            if ema is not None and actor.was_step_applied():
+                                "critic_grad_norm": engine.step(critic, critic_loss)})
+            if ema is not None and warm and actor.was_step_applied():
                 ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
-    passes = {model: args.ppo_epochs * model.passes for model in (actor, critic)}
+    passes = {m: args.ppo_epochs * (1, m.passes)[warm or m is critic] for m in (actor, critic)}
     return {**engine.summarise(history), "first_ratio_error_max": max(errors),
             **work([experience], passes), "seconds_train": time.perf_counter() - start}
 
@@ -197,9 +196,9 @@ def load_models(args, tokenizer, steps):
     policy = partial(models.load_policy, args.actor_model_name_or_path, *common)
     given = args.critic_model_name_or_path
     scalar = partial(models.load_scalar, given or args.actor_model_name_or_path, *common, not given)
-    actor, critic = (
-        engine.train_engine(model, args, name, args.per_device_training_batch_size, steps)
-        for model, name in ((policy(), "actor_"), (scalar(), "critic_")))
+    rows, waits = args.per_device_training_batch_size, args.critic_warmup_steps * args.updates
+    actor = engine.train_engine(policy(), args, "actor_", rows, steps - waits)
+    critic = engine.train_engine(scalar(), args, "critic_", rows, steps)
     actor.eval(), critic.eval()             # no dropout: old and new log-probs must be comparable
     return actor, critic, engine.reference(actor, policy, args, "actor_"), \
         engine.frozen(scalar(), args, "reward", args.critic_zero_stage) if given else None
@@ -215,27 +214,28 @@ def main():
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
     cut, _, total = batches.plan(args, train, "generation", args.generation_batches)
-    updates = args.ppo_epochs * args.rows // args.step_rows         # optimizer steps an iteration
-    advice.check(args, "ppo", total * updates)
+    if total <= args.critic_warmup_steps:
+        raise flags.InputError(f"--critic_warmup_steps leaves the actor none of {total} iterations")
+    advice.check(args, "ppo", total * args.updates)
     text = batches.text_stream(args, tokenizer, saved.step)
 
-    actor, critic, reference, reward_model = load_models(args, tokenizer, total * updates)
+    actor, critic, reference, reward_model = load_models(args, tokenizer, total * args.updates)
     ema = EMA(actor.module, args.ema_decay) if args.enable_ema else None
     saved.restore({"actor": actor, "critic": critic}, ema)
     shown = "score kl response_length eos_rate ratio_max clip_frac explained_variance seconds"
     log = Log(args, total, shown.split(), actor, saved.step)
     for step, prompts in batches.steps(args, train, to_batch, cut, total, saved.step):
+        warm = step > args.critic_warmup_steps
         lrs = {"actor_lr": actor.get_lr()[0], "critic_lr": critic.get_lr()[0]}
-        experience, sampled = rollout(actor, reference, critic, reward_model, prompts, tokenizer,
-                                      args)
-        sampled = guard(step, engine.reduce_metrics(sampled, step), args)
-        if args.target_kl:                 # as PPO's penalty does (arXiv:1707.06347, section 4)
-            off, floor = sampled["kl"] / args.target_kl, args.kl_coef / 100
+        experience, made = rollout(actor, reference, critic, reward_model, prompts, tokenizer, args)
+        made = guard(step, engine.reduce_metrics(made, step), args)
+        if args.target_kl and warm:        # as PPO's penalty does (arXiv:1707.06347, section 4)
+            off, floor = made["kl"] / args.target_kl, args.kl_coef / 100
             args.kl_now *= 1.5 if off > 2 else 0.8 if off < 0.5 and args.kl_now > floor else 1
-        updated = ppo_update(actor, critic, experience, args, ema, text)
+        updated = ppo_update(actor, critic, experience, args, ema, text, warm)
         updated = engine.reduce_metrics(updated, step, args)
-        sampled["flops_total"] += updated["flops_total"]
-        log.step(step, {**updated, **sampled, **lrs})
+        made["flops_total"] += updated["flops_total"]
+        log.step(step, {**updated, **made, **lrs})
         guard(step, updated, args)
         if args.print_answers_interval and (step - 1) % args.print_answers_interval == 0:
             log.samples(step, tokenizer, experience)

@@ -22,8 +22,7 @@ def train_step(model, micro_batches):
     for batch in micro_batches:
         chosen, rejected = models.sequence_scores(model, batch).chunk(2)
         loss = bradley_terry_loss(chosen, rejected)
-        model.backward(loss)
-        history.append({"loss": loss.detach(), "grad_norm": engine.step(model),
+        history.append({"loss": loss.detach(), "grad_norm": engine.step(model, loss),
                         **pair_statistics(chosen.detach(), rejected.detach(), "score")})
     return {**engine.summarise(history), **work(micro_batches, {model: model.passes})}
 

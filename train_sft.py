@@ -26,12 +26,10 @@ def parse():
 def train_step(policy, micro_batches):
     """One optimizer step down the mean negative log-likelihood of its response tokens."""
     policy.train()
-    denom = engine.global_denom([batch["mask"] for batch in micro_batches])
-    history = []
+    denom, history = engine.global_denom([batch["mask"] for batch in micro_batches]), []
     for batch in micro_batches:
         loss = -masked_mean(models.policy_logprobs(policy, batch), batch["mask"], denom)
-        policy.backward(loss)
-        history.append({"loss": loss.detach(), "grad_norm": engine.step(policy)})
+        history.append({"loss": loss.detach(), "grad_norm": engine.step(policy, loss)})
     return {**engine.summarise(history), **work(micro_batches, {policy: policy.passes})}
 
 def main():

@@ -29,8 +29,9 @@ def check(args, step, total):
     of, idle = vars(args).get, ["num_train_epochs"] * bool(args.max_steps)    # has nothing to say
     rows = of("step_rows") or args.per_device_train_batch_size * args.gradient_accumulation_steps
     batch = rows * engine.world_size()
-    values = dict(vars(args), effective_batch=batch, warmup_share=args.num_warmup_steps / total,
-                  rollout_batches=of("rows", rows) / rows)
+    lrs = {n: r * engine.lr_scale(args, batch) for n, r in vars(args).items() if "_rate" in n}
+    values = dict(vars(args), **lrs, effective_batch=batch, rollout_batches=of("rows", rows) / rows,
+                  warmup_share=args.num_warmup_steps / total)
     for whose in WHOSE:
         if rank := of(f"{whose}lora_dim"):
             values[f"{whose}lora_alpha_over_rank"] = (args.lora_alpha or 2 * rank) / rank

@@ -13,10 +13,10 @@ def plan(args, units, kind="train", accumulation=None):
     flag = f"per_device_{kind}_batch_size"
     cut = (getattr(args, flag), accumulation or args.gradient_accumulation_steps)
     span = cut[0] * cut[1] * engine.world_size()
-    if len(units) < span:
+    if not (epoch := len(units) // span):
         raise InputError(f"{len(units)} training rows (or packs) do not fill one step of {span} "
                          f"(batch x accumulation x ranks): lower --{flag} or add data")
-    return cut, len(units) // span, args.max_steps or len(units) // span * args.num_train_epochs
+    return cut, epoch, args.lr_range_test or args.max_steps or epoch * args.num_train_epochs
 
 def steps(args, units, collate, cut, total, done=0):
     """Yields (step, list of micro-batches) for step done+1..total; a unit is a row or a pack.  Over
@@ -68,15 +68,14 @@ def pad(sequences, fill, side="right"):
 class Packs:
     """Rows -> lists of rows that fit into `room` tokens: longest first, where the least remains."""
     def __init__(self, rows, room):
-        lengths, self.rows, self.packs = cache.column(rows, "length"), rows, []
-        free = []                                                   # sorted: (room left, pack)
+        lengths, self.rows, self.packs, free = cache.column(rows, "length"), rows, [], []
         for number in (-lengths).argsort(kind="stable").tolist():
             at = bisect.bisect_left(free, (lengths[number], -1))
             left, pack = free.pop(at) if at < len(free) else (room, len(self.packs))
             if pack == len(self.packs):
                 self.packs.append([])
             self.packs[pack].append(number)
-            bisect.insort(free, (left - lengths[number], pack))
+            bisect.insort(free, (left - lengths[number], pack))         # the room left, where
     __len__ = lambda self: len(self.packs)
     __getitem__ = lambda self, index: [self.rows[i] for i in self.packs[index]]
 

@@ -10,6 +10,7 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from torch import optim
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import lora, models
@@ -22,29 +23,24 @@ world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
 device = lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pick_dtype = lambda flag: DTYPES.get(flag) or DTYPES[
     "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"]
+lr_scale = lambda a, n: (n / a.base_batch_size) ** dict(none=0, sqrt=.5, linear=1)[a.lr_scaling]
 anywhere = lambda fact: bool(gather(torch.tensor(float(fact), device=device())).any())
 # Per-row values of all ranks' eval_batches -> (total, ...) in the data set's order.
 gather_rows = lambda values, total: gather(values).transpose(0, 1).flatten(0, 1)[:total]
-hushed = lambda args: contextlib.redirect_stdout(             # where DeepSpeed's own print calls go
-    io.StringIO() if args.log_level == "error" else sys.stdout)
 
 def init(args):
     """Join the other processes, if any; seed everything, quieten the libraries."""
+    args.output_dir += "/lr_range_test" * bool(args.lr_range_test)    # models of a ramp are ruins
     check_writable(args.output_dir)
     quieten(args.log_level)
-    if "RANK" not in os.environ:                              # python train_X.py
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT="0")
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update({} if "RANK" in os.environ else alone)               # python train_X.py
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # a lock outlives kills
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:                                                      # torchrun's names, and DeepSpeed's
-        names = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"} & os.environ.keys()
-        ranks = min(int(os.environ[name]) for name in names)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    with hushed(args):
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False,
-                                   timeout=datetime.timedelta(hours=4))   # rank 0 may tokenise
+    deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    names = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"} & os.environ.keys()      # torchrun's
+    ranks = min(int(os.environ[name]) for name in names)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=4))  # to tokenise
     # Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go.
     atexit.register(lambda: dist.is_initialized() and not hasattr(sys, "last_value")
                     and dist.destroy_process_group())
@@ -68,30 +64,29 @@ def train_engine(model, args, name, micro_batch, total_steps):
         raise InputError(f"--offload moves shards to the CPU: give --{name}zero_stage 1, 2 or 3")
     if dtype != torch.float32:   # at stage 0, DeepSpeed 0.19.8 divides fp16 gradients by a loss
         stage = max(stage, 1)    # scale that it never applied (its PR 8393); bf16 steps differ too
-    if of("lora_dim"):
+    if dim := of("lora_dim"):
         if args.only_optimize_lora and args.add_eot_token:
             raise InputError("--add_eot_token's row would not train: give --no-only_optimize_lora")
-        lora.add(model, of("lora_dim"), args.lora_alpha, of("lora_module_name"),
-                 args.only_optimize_lora)
+        lora.add(model, dim, args.lora_alpha, of("lora_module_name"), args.only_optimize_lora)
     if of("gradient_checkpointing"):
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):    # its own way needs dropout's mode
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    groups = defaultdict(list)
+    scale = lr_scale(args, micro_batch * args.gradient_accumulation_steps * world_size())
+    groups, ramp = defaultdict(list), args.lr_range_test
     for weight_name, weight in model.named_parameters():
         if weight.requires_grad:
-            rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate")
-            groups[rate, of("weight_decay") if weight.ndim >= 2 else 0.0].append(weight)
-    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if args.offload else \
-        partial(torch.optim.AdamW, fused=True)
+            rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate") * scale
+            groups[1e-7 if ramp else rate, of("weight_decay") * (weight.ndim >= 2)].append(weight)
+    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if args.offload else partial(optim.AdamW, fused=True)
     optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
                       for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
     least = {"min_lr_rate": args.min_lr_ratio} if "min_lr" in args.lr_scheduler_type else {}
-    schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
-                                          total_steps, least)
+    schedule = optim.lr_scheduler.ExponentialLR(optimizer, 1e7 ** (1 / total_steps)) if ramp else \
+        transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
+                                   total_steps, least)
     config = {"train_micro_batch_size_per_gpu": micro_batch, "steps_per_print": 1 << 31,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
-              "train_batch_size": micro_batch * args.gradient_accumulation_steps * world_size(),
               "gradient_clipping": args.max_grad_norm,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"},
@@ -101,8 +96,7 @@ def train_engine(model, args, name, micro_batch, total_steps):
     if args.deepspeed_config:
         path = os.path.abspath(args.deepspeed_config)
         _merge(config, opened(lambda p: {**json.load(open(p))}, path, "the JSON object in"), path)
-    with hushed(args):
-        engine = opened(start, path, "an engine by") if args.deepspeed_config else start(None)
+    engine = opened(start, path, "an engine by") if args.deepspeed_config else start(None)
     transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
     engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work
     return engine
@@ -124,15 +118,13 @@ def _merge(config, given, path, where=""):
             raise InputError(f"{path}: {where}{key} is {value}, but flags say {ours}: change one")
 
 def frozen(model, args=None, name=None, stage=0):
-    """A model that is only read: reference, reward model.  Sharded at --<name>_zero_stage 3 (or, if
-    not given, `stage`) and with --offload_<name>_model."""
+    """A model that is only read; sharded if its own stage (or else `stage`) is 3, or offloaded."""
     own, offload = (getattr(args, f, None) for f in (f"{name}_zero_stage", f"offload_{name}_model"))
     model.eval().requires_grad_(False)
     if (stage if own is None else own) < 3 and not offload:
         return model.to(device())
     config = {"train_micro_batch_size_per_gpu": 1, **_memory(pick_dtype(args.dtype), 3, offload)}
-    with hushed(args):
-        return deepspeed.initialize(model=model, config=config)[0]
+    return deepspeed.initialize(model=model, config=config)[0]
 
 def reference(trained, load, args, name):
     """The policy as it was before training: its adapters off, or a frozen copy, from load()."""
@@ -147,13 +139,13 @@ def global_denom(masks):
     (micro-batches x ranks).  DeepSpeed averages gradients over these two: one mean over tokens."""
     return gather(sum(mask.sum() for mask in masks).float()).sum() / (len(masks) * world_size())
 
-def step(engine):
-    """engine.step() -> the gradient's norm before clipping; None where it only accumulates."""
+def step(engine, loss):
+    """Backward, and the step when it is due -> the gradient's norm before clipping, else None."""
+    engine.backward(loss)
     if not engine.is_gradient_accumulation_boundary():
         return engine.step()                       # None: DeepSpeed still has the norm of last time
     plain = engine.optimizer is engine.basic_optimizer           # fp32, ZeRO 0: it keeps no norm
-    gradients = (p.grad for p in engine.module.parameters() if p.grad is not None)
-    norm = torch.nn.utils.get_total_norm(gradients) if plain else None
+    norm = plain and torch.nn.utils.clip_grad_norm_(engine.parameters(), engine.gradient_clipping())
     engine.step()
     return float(norm if plain else engine.get_global_grad_norm())
 
@@ -167,8 +159,7 @@ def whole(engine):
 
 def save(engine, tokenizer, path):
     """Save an engine's model in the Hugging Face layout; rank 0 writes."""
-    weights = engine._zero3_consolidated_16bit_state_dict() \
-        if engine.zero_optimization_stage() == 3 else None
+    weights = engine.zero_optimization_stage() > 2 and engine._zero3_consolidated_16bit_state_dict()
     with writing(f"the model to {path}"):
         on_rank_zero(lambda: models.save_model(engine.module, tokenizer, path, weights))
 
@@ -202,8 +193,7 @@ def reduce_metrics(metrics, step=0, args=None):
             whose = next((model for part, model in MODELS.items() if part in name), "trained model")
             raise InputError(f"step {step}, rank {bad}: {name} of the {whose} is {of_ranks[bad]}: "
                              f"lower its learning rate or look at it and at this step's rows")
-    return {name: value.item()
-            for name, value in _by_name(dict(zip(metrics, everyone)), torch.sum).items()}
+    return {n: v.item() for n, v in _by_name(dict(zip(metrics, everyone)), torch.sum).items()}
 
 def on_rank_zero(function, every_node=False):
     """Rank 0 (or each node's first) calls the function, the others wait; its error ends all."""

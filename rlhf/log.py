@@ -1,5 +1,6 @@
 """One dict a step -> progress bar, metrics.jsonl, monitors.  Only rank 0 shows and writes."""
-import json, math, os, sys, time
+import atexit, contextlib, json, math, os, sys, time
+import numpy as np
 from tqdm import tqdm
 from rlhf import engine
 from rlhf.args import writing
@@ -20,6 +21,8 @@ class Log:
         write_json(f"{args.output_dir}/args.json", vars(args))
         self.files = {name: _reopened(f"{args.output_dir}/{name}.jsonl", done)
                       for name in ("metrics", "samples")}
+        if ramp := args.lr_range_test:              # at its end, or when a guard ends it
+            atexit.register(suggest_rate, f"{args.output_dir}/metrics.jsonl", ramp // 4 + 2)
         self.bar = tqdm(total=total_steps, initial=done, dynamic_ncols=True, disable=None)
     def step(self, step, metrics):
         """Record a step.  Its tokens_total and flops_total become tokens_per_second and tflops."""
@@ -55,6 +58,24 @@ class Log:
     def _say(self, step, metrics):
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         say(f"step {step}/{self.bar.total}  {values}")
+
+def suggest_rate(path, width):
+    """Where, over `width` steps of a ramp's metrics.jsonl, the loss falls (in step 3: the reward
+    rises, the critic's loss falls) steepest against the rate's logarithm: a line and a picture."""
+    rows = [json.loads(line) for line in open(path)]
+    for metric, rate in ("loss", "lr"), ("reward", "actor_lr"), ("value_loss", "critic_lr"):
+        known = [row for row in rows if row.get(metric) is not None]
+        x, y = np.log10([row[rate] for row in known]), [row[metric] for row in known]
+        falls = [np.polyfit(x[i:i + width], y[i:i + width], 1)[0] * (-1, 1)[metric == "reward"]
+                 for i in range(len(y) - width + 1)]
+        if falls:
+            best = 10 ** x[np.argmax(falls) + width // 2]
+            say(f"--lr_range_test: {metric} is steepest around --{rate} {best:.1e}")
+            with contextlib.suppress(ImportError):                          # the extra [plot]
+                from matplotlib.figure import Figure
+                axes = (figure := Figure()).subplots()
+                axes.semilogx(10 ** x, y), axes.axvline(best), axes.set(xlabel=rate, ylabel=metric)
+                figure.savefig(f"{os.path.dirname(path)}/{rate}.png")
 
 def _reopened(path, done):
     """A file of JSON lines to append to, without what was written after step `done`."""

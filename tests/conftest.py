@@ -160,7 +160,7 @@ def run_script(script, *flags, ranks=1, launcher="python", timeout=240, env=None
 def arguments(tmp_path, *paths, **changes):
     """The flags of the data, as parsed."""
     usual = dict(data_split="2,4,4", seed=1234, eval_fraction=0.1, max_eval_rows=100)
-    usual.update(dedup_prompts=True, preprocessing_num_workers=1, max_seq_len=32)
+    usual.update(dedup_prompts=True, preprocessing_num_workers=1, max_seq_len=32, lr_range_test=0)
     usual.update(data_path=[str(p) for p in paths], data_output_path=str(tmp_path / "cache"))
     return argparse.Namespace(**{**usual, **changes})
 

@@ -130,3 +130,12 @@ def test_readmes_starting_values_are_within_the_rules(advise):
             words = f"{full[step]} {words}"
         assert advise(step, words)[1] == [], (method, words)
     assert {*full} == {*SCRIPTS}
+
+
+def test_rates_are_judged_as_they_are_scaled_by_the_batch(advise):
+    """64 rows on four ranks, for rates that are meant for 16."""
+    scaled = "--num_train_epochs 3 --base_batch_size 16 --lr_scaling"
+    assert advise("sft", f"{scaled} linear --lr 1e-5") == (64, [])  # 4e-5
+    assert advise("sft", f"{scaled} linear --lr 1.3e-5") == (64, ["learning_rate"])  # 5.2e-5
+    assert advise("sft", f"{scaled} sqrt --lr 2.4e-5") == (64, [])  # 4.8e-5
+    assert advise("sft", f"{scaled} sqrt --lr 2.6e-5") == (64, ["learning_rate"])  # 5.2e-5

@@ -30,9 +30,10 @@ class Engine:
     backward, step = staticmethod(torch.Tensor.backward), staticmethod(lambda: None)
     is_gradient_accumulation_boundary = staticmethod(lambda: True)
     zero_optimization_stage = staticmethod(lambda: 0)
+    gradient_clipping = staticmethod(lambda: float("inf"))
 
     def __init__(self, model):
-        self.module = model.eval()
+        self.module, self.parameters = model.eval(), model.parameters
 
     def __call__(self, **inputs):
         return self.module(**inputs)

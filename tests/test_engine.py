@@ -215,7 +215,7 @@ def test_an_fp16_overflow_skips_the_step_and_counts_none(ppo, call, world, tmp_p
         ({"zero_optimization": {"stage": 2}}, {}, "zero_optimization.stage is 2, but flags say"),
         ({"gradient_clipping": 3}, {}, "gradient_clipping is 3, but flags say 1.0"),
         ({"optimizer": {"type": "Adam"}}, {}, "but flags say their own: change"),
-        ({"train_batch_size": 999}, {}, "train_batch_size is 999, but flags say 16"),
+        ({"train_batch_size": 999}, {}, "train_batch_size is not equal to micro_batch_per_gpu"),
         ([], {}, "cannot load the JSON object in"),
         ({}, {"offload": True}, "give --zero_stage 1, 2 or 3"),
         (

@@ -1,6 +1,7 @@
 """The scripts as people run them: every launcher, one rank and two, short runs, bad input."""
 
 import gzip
+import importlib.util
 import inspect
 import json
 import math
@@ -17,7 +18,7 @@ import train_ppo
 import train_rm
 import train_sft
 from rlhf import args as flags
-from rlhf import losses
+from rlhf import log, losses
 from tests.conftest import ROOT, SHARED, SMALL, metrics, run_script, to_flags, weights, write_jsonl
 
 METRICS = """step score score_std kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
@@ -242,6 +243,83 @@ def test_target_kl_raises_the_coefficient_above_twice_it_and_lowers_it_below_hal
         expected.append(expected[-1] * (factor if expected[-1] > 0.0002 else 1))
     found = [row["kl_coef"] for row in metrics(world["out"] / "adaptive")]
     assert found == pytest.approx(expected) and found[-1] == found[-2] < 0.0002
+
+
+def test_a_critic_that_warms_up_moves_alone_and_the_actors_schedule_waits(world, ppo, call):
+    """Nor does the coefficient fall while the KL is 0 because nothing moves."""
+    rates = dict(actor_lr=5e-3, critic_lr=5e-3, lr_scheduler_type="linear", enable_ema=True)
+    warm = ppo("warm", **rates, critic_warmup_steps=2, max_steps=4, target_kl=50, save_interval=2)
+    code, error = call(train_ppo, **warm)
+    assert code == 0, error
+    folder, rows = world["out"] / "warm", metrics(world["out"] / "warm")
+    begun, actor, ema = map(weights, (world["actor"], folder / "actor", folder / "actor_ema"))
+    for after in (actor, ema):
+        assert any(not torch.equal(begun[n], after[n]) for n in begun)
+    state = torch.load(
+        folder / "checkpoints/step2/actor/mp_rank_00_model_states.pt", weights_only=False
+    )
+    then = state["module"]
+    assert all(torch.equal(begun[n], then[n]) for n in begun)
+    assert [row["actor_grad_norm"] > 0 for row in rows] == [False, False, True, True]
+    assert all(row["critic_grad_norm"] > 0 for row in rows)
+    assert [row["kl"] for row in rows[:3]] == pytest.approx([0] * 3, abs=1e-4)
+    assert [row["kl_coef"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.08])
+    assert [row["actor_lr"] for row in rows] == pytest.approx([5e-3, 5e-3, 5e-3, 2.5e-3])
+    assert [row["critic_lr"] for row in rows] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
+    code, error = call(train_ppo, **ppo("never", critic_warmup_steps=3, max_steps=3))
+    assert code == 1 and "--critic_warmup_steps leaves the actor none of 3 iterations" in error
+
+
+@pytest.mark.parametrize("scaling,factor", [("none", 1), ("sqrt", 0.5), ("linear", 0.25)])
+def test_rates_follow_the_effective_batch_when_asked(start, world, call, scaling, factor):
+    """Eight pairs where the rates are meant for 32."""
+    cut = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1)
+    how = dict(lr_scaling=scaling, base_batch_size=32, lr=1e-3)
+    code, error = call(train_rm, **{**start, **cut, **how, "output_dir": world["out"] / "rm"})
+    assert code == 0, error
+    [row] = [row for row in metrics(world["out"] / "rm") if "lr" in row]
+    assert row["lr"] == pytest.approx(1e-3 * factor)
+
+
+def test_a_ramp_of_rates_says_where_the_loss_falls_steepest_and_touches_nothing(
+    start, world, tmp_path
+):
+    """On two ranks, both of its groups of rates; it says so once."""
+    flags = dict(lr_range_test=8, per_device_train_batch_size=4, num_warmup_steps=5, lora_dim=2)
+    flags.update(output_dir=tmp_path / "rm", data_output_path=tmp_path / "cache")
+    done = run_script("train_rm.py", *to_flags(**{**start, **flags}), ranks=2, launcher="deepspeed")
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path / "rm") == ["lr_range_test"]
+    found = [row for row in metrics(tmp_path / "rm/lr_range_test") if "lr" in row]
+    rates = [10 ** (-7 + 7 * step / 8) for step in range(8)]
+    assert [row["lr"] for row in found] == pytest.approx(rates)
+    said = re.findall(r"--lr_range_test: loss is steepest around --lr (\S+)", done.stdout)
+    assert len(said) == 1 and float(said[0]) in [pytest.approx(rate, rel=0.1) for rate in rates]
+
+
+@pytest.mark.parametrize("steps,best", [(100, 1e-3), (60, None), (20, None)])
+def test_the_rate_that_a_ramp_suggests_is_where_a_known_curve_is_steepest(
+    steps, best, tmp_path, capsys
+):
+    """A logistic fall (the reward's rise) around 1e-3, noise, and a leap at the end; one that ended
+    before it fell; one too short for a slope."""
+    noise, rows = torch.randn(100, generator=torch.Generator().manual_seed(0)).tolist(), []
+    for step in range(steps):
+        rate = 10 ** (-7 + 7 * step / 100)
+        fallen = 1 / (1 + math.exp(-4 * (math.log10(rate) + 3)))
+        loss = 5 - 4 * fallen + 0.2 * noise[step] + 9 * (rate > 0.05)
+        rows.append({"step": step + 1, "actor_lr": rate, "critic_lr": rate, "kl": 0.0})
+        rows[-1].update(reward=-loss, value_loss=loss if step != 5 else None)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.suggest_rate(str(tmp_path / "metrics.jsonl"), 27)
+    said = dict(re.findall(r"is steepest around --(\S+) (\S+)", capsys.readouterr().out))
+    assert {*said} == ({"actor_lr", "critic_lr"} if steps > 27 else set())
+    if best:
+        assert all(best / 1.5 < float(rate) < best * 1.5 for rate in said.values()), said
+    plotted = importlib.util.find_spec("matplotlib") is not None
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"{name}.png" for name in said if plotted
+    }
 
 
 def test_a_cosine_ends_at_the_least_rate_that_is_asked_for(start, world, call):
