@@ -15,10 +15,9 @@ RULES = {                                                         # what, from, 
             ("effective_batch", 16, 64, HERE)),
     "ppo": (("actor_learning_rate", 1e-6, 1e-5, HERE), ("critic_learning_rate", 5e-6, 1e-4, HERE),
             ("actor_lora_learning_rate", 1e-5, 5e-5, HERE), ("effective_batch", 16, 64, HERE),
-            ("kl_coef", 0.01, 2, "0.01 loose, 0.1 standard, 0.5 to 2 tight"),
+            ("kl_coef", 0.01, 2, "0.01 loose, 0.5 to 2 tight"), ("rollout_batches", 1, 1, DSC),
             ("actor_weight_decay", 0, 0, DSC), ("critic_weight_decay", 0, 0, DSC),
-            ("num_train_epochs", 1, 1, DSC), ("ppo_epochs", 1, 1, DSC), ("enable_ema", 1, 1, DSC),
-            ("rollout_batches", 1, 1, DSC))}
+            ("num_train_epochs", 1, 1, DSC), ("ppo_epochs", 1, 1, DSC), ("enable_ema", 1, 1, DSC))}
 COMMON = (("warmup_share", 0.05, 0.1, HERE), ("max_grad_norm", 0.5, 1, HERE), *(
     (whose + name, *rule) for whose in WHOSE for name, *rule in (
         ("lora_dim", 4, 64, HERE), ("lora_alpha_over_rank", 2, 2, "QLoRA"))))

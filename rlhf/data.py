@@ -104,8 +104,7 @@ def load(args, tokenizer, phase, max_prompt=None):
             _build, name, path, share, phase, args, tokenizer, settings))
         say(Path(folder, "report.txt").read_text())
         parts.append(load_from_disk(folder))
-    train, held_out = (concatenate_datasets([part[split] for part in parts])
-                       for split in ("train", "held_out"))
+    train, held_out = (concatenate_datasets([p[s] for p in parts]) for s in ("train", "held_out"))
     if args.dedup_prompts:
         firsts = lambda rows: np.sort(np.unique(cache.column(rows, "twin"), return_index=True)[1])
         given = len(train) + len(held_out)

@@ -98,6 +98,7 @@ def train_engine(model, args, name, micro_batch, total_steps):
         _merge(config, opened(lambda p: {**json.load(open(p))}, path, "the JSON object in"), path)
     engine = opened(start, path, "an engine by") if args.deepspeed_config else start(None)
     transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
+    engine.enable_backward_allreduce = stage > 0 or world_size() > 1      # else copies, for nothing
     engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work
     return engine
 

@@ -8,8 +8,7 @@ from rlhf import args as flags, batches, data, engine, models, toy
 from rlhf.generate import sample
 from rlhf.log import write_json, write_text
 
-COLUMNS = {name: name.replace("_", " ") for name in """score win_rate kl response_length eos_rate
-    perplexity true_reward helpful harmless polite""".split()}
+SHOWN = "score win_rate kl response_length eos_rate perplexity true_reward helpful harmless polite"
 
 def parse():
     parser = flags.Parser(__doc__)
@@ -91,11 +90,11 @@ def truth(prompts, responses):
 
 def table(rows):
     """{model: metrics} -> a Markdown table."""
-    shown = {name: COLUMNS[name] for name in COLUMNS if any(name in row for row in rows.values())}
+    shown = [name for name in SHOWN.split() if any(name in row for row in rows.values())]
     def cell(row, name):
         ci = f" ± {row[f'{name}_ci']:.2f}" if f"{name}_ci" in row else ""
         return f"{row[name]:.2f}{ci}" if name in row else ""
-    lines = [["model", *shown.values()], ["---"] * (len(shown) + 1),
+    lines = [["model", *(name.replace("_", " ") for name in shown)], ["---"] * (len(shown) + 1),
              *([model, *(cell(row, name) for name in shown)] for model, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)

@@ -62,9 +62,8 @@ class Log:
 def suggest_rate(path, width):
     """Where, over `width` steps of a ramp's metrics.jsonl, the loss falls (in step 3: the reward
     rises, the critic's loss falls) steepest against the rate's logarithm: a line and a picture."""
-    rows = [json.loads(line) for line in open(path)]
     for metric, rate in ("loss", "lr"), ("reward", "actor_lr"), ("value_loss", "critic_lr"):
-        known = [row for row in rows if row.get(metric) is not None]
+        known = [row for row in map(json.loads, open(path)) if row.get(metric) is not None]
         x, y = np.log10([row[rate] for row in known]), [row[metric] for row in known]
         falls = [np.polyfit(x[i:i + width], y[i:i + width], 1)[0] * (-1, 1)[metric == "reward"]
                  for i in range(len(y) - width + 1)]

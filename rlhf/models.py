@@ -66,11 +66,14 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.classifier, self.config = classifier, classifier.config
     def forward(self, input_ids, attention_mask):
-        """(B, T), (B, T) -> (B, T) fp32: the head's output after each token."""
-        backbone = self.classifier.base_model
-        hidden = backbone(input_ids, attention_mask=attention_mask, use_cache=False,
-                          **positions(backbone, attention_mask))[0]                    # (B, T, d)
-        return self.classifier.score(hidden).squeeze(-1)
+        """(B, T), (B, T) -> (B, T) fp32: the head's output after each token.  Padding, wherever it
+        is, goes to the right end first, and what all rows have of it is not computed."""
+        backbone, longest = self.classifier.base_model, attention_mask.sum(1).max()
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)[:, :longest]  # (B, t)
+        ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        hidden = backbone(ids, attention_mask=mask, use_cache=False, **positions(backbone, mask))[0]
+        values = self.classifier.score(hidden).squeeze(-1)                                # (B, t)
+        return torch.zeros_like(input_ids, dtype=values.dtype).scatter(1, order, values)
 
 def policy_logprobs(model, batch, temperature=1.0):
     """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, and only the response is projected."""

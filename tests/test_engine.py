@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file
 
 import train_ppo
@@ -264,3 +265,12 @@ def test_a_deepspeed_file_adds_what_no_flag_says_and_may_repeat_what_one_does(
         train_sft.train_step = train_step
     assert code == 0, error
     assert made[0]._config.zero_config.reduce_bucket_size == 1000
+
+
+def test_one_process_alone_copies_no_gradients(world, start, call, monkeypatch):
+    """DeepSpeed would flatten them all, reduce them over itself and copy them back."""
+    reduced, reduce = [], DeepSpeedEngine.allreduce_bucket
+    counted = lambda *args, **kwargs: reduced.append(1) or reduce(*args, **kwargs)
+    monkeypatch.setattr(DeepSpeedEngine, "allreduce_bucket", counted)
+    code, error = call(train_sft, **start, max_steps=2, output_dir=world["out"] / "alone")
+    assert code == 0 and not reduced, error

@@ -108,6 +108,18 @@ def test_padding_and_company_change_no_number(model_folder, family):
                 assert torch.allclose(inside, alone, atol=1e-5), (function.__name__, inside, alone)
 
 
+def test_a_scalar_model_computes_no_padding_that_all_rows_have(model_folder):
+    """Prompts of up to 6, responses of up to 5 (their ends included): no row is longer than 8."""
+    model, tokenizer = scalar(model_folder())
+    widths = []
+    model.classifier.base_model.register_forward_pre_hook(
+        lambda _, args: widths.append(args[0].shape[1])
+    )
+    batch = batches.collate(tokenizer, ROWS)
+    assert models.state_values(model, batch).shape == batch["mask"].shape == (3, 5)
+    assert batch["prompt_mask"].shape == (3, 6) and widths == [8]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_and_values_stand_at_the_actions(model_folder, family):
     """logp[t] is that of response token t given what precedes it; values[t] is the head's output
