@@ -137,10 +137,10 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         **work(batches, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
         "seconds_score": time.perf_counter() - sampled}
 
-def ppo_update(actor, critic, experience, args, ema=None, text=None, warm=True):
+def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
     """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
-    Actor and critic take one optimizer step a minibatch.  The new log-probs come from the same
-    forward, in the same mode, as the old ones, so that the first ratio is 1 up to rounding."""
+    The critic and, if `both`, the actor take one step a minibatch.  The new log-probs come from the
+    same forward, in the same mode, as the old ones: the first ratio is 1 up to rounding."""
     start, history = time.perf_counter(), []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(args.rows).split(args.step_rows):
@@ -158,18 +158,18 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, warm=True):
                     unsup_loss = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
                     actor_loss = actor_loss + args.unsup_coef * unsup_loss
                     metrics["unsup_loss"] = unsup_loss.detach()
-                metrics["actor_grad_norm"] = engine.step(actor, actor_loss) if warm else 0.0
+                metrics["actor_grad_norm"] = engine.step(actor, actor_loss) if both else 0.0
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 mask, args.value_clip, denom)
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
                                 "critic_grad_norm": engine.step(critic, critic_loss)})
-            if ema is not None and warm and actor.was_step_applied():
+            if ema is not None and both and actor.was_step_applied():
                 ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
-    passes = {m: args.ppo_epochs * (1, m.passes)[warm or m is critic] for m in (actor, critic)}
+    passes = {m: args.ppo_epochs * (1, m.passes)[both or m is critic] for m in (actor, critic)}
     return {**engine.summarise(history), "first_ratio_error_max": max(errors),
             **work([experience], passes), "seconds_train": time.perf_counter() - start}
 
@@ -225,14 +225,14 @@ def main():
     shown = "score kl response_length eos_rate ratio_max clip_frac explained_variance seconds"
     log = Log(args, total, shown.split(), actor, saved.step)
     for step, prompts in batches.steps(args, train, to_batch, cut, total, saved.step):
-        warm = step > args.critic_warmup_steps
+        both = step > args.critic_warmup_steps
         lrs = {"actor_lr": actor.get_lr()[0], "critic_lr": critic.get_lr()[0]}
         experience, made = rollout(actor, reference, critic, reward_model, prompts, tokenizer, args)
         made = guard(step, engine.reduce_metrics(made, step), args)
-        if args.target_kl and warm:        # as PPO's penalty does (arXiv:1707.06347, section 4)
+        if args.target_kl and both:        # as PPO's penalty does (arXiv:1707.06347, section 4)
             off, floor = made["kl"] / args.target_kl, args.kl_coef / 100
             args.kl_now *= 1.5 if off > 2 else 0.8 if off < 0.5 and args.kl_now > floor else 1
-        updated = ppo_update(actor, critic, experience, args, ema, text, warm)
+        updated = ppo_update(actor, critic, experience, args, ema, text, both)
         updated = engine.reduce_metrics(updated, step, args)
         made["flops_total"] += updated["flops_total"]
         log.step(step, {**updated, **made, **lrs})
