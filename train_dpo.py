@@ -102,11 +102,10 @@ def main():
                    engine.pick_dtype(args.dtype), args.max_seq_len)
     policy = engine.train_engine(load(), args, "", cut[0], total)
     policy.eval()                             # no dropout: policy and reference are compared
-    if args.precompute_ref_logp:
-        reference, (train, held_out) = None, [
-            precomputed(policy, rows, to_batch, tokenizer, args) for rows in (train, held_out)]
-    else:
-        reference = engine.reference(policy, load, args, "")
+    reference = None if args.precompute_ref_logp else engine.reference(policy, load, args, "")
+    if reference is None:
+        train, held_out = [precomputed(policy, rows, to_batch, tokenizer, args)
+                           for rows in (train, held_out)]
     saved.restore({"policy": policy})
     log = Log(args, total, "loss accuracy margin lr tokens_per_second".split(), policy, saved.step)
     evaluation = partial(evaluate, policy, reference, held_out, to_batch, tokenizer, args)

@@ -149,15 +149,16 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
             denom = engine.global_denom([batch["mask"] for batch in micro_batches])
             for batch in micro_batches:
                 mask = batch["mask"]
-                logp = models.policy_logprobs(actor, batch, args.temperature)               # (B, R)
-                actor_loss, metrics = policy_loss(logp, batch["old_logp"], batch["advantages"],
-                                                  mask, args.clip, denom)
-                metrics["policy_loss"] = actor_loss.detach()
-                if text is not None:       # Ouyang et al. 2022 (arXiv:2203.02155) eq. 2, last term
-                    block = next(text)                 # differs: texts do not see each other
-                    unsup_loss = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
-                    actor_loss = actor_loss + args.unsup_coef * unsup_loss
-                    metrics["unsup_loss"] = unsup_loss.detach()
+                with torch.set_grad_enabled(both):
+                    logp = models.policy_logprobs(actor, batch, args.temperature)           # (B, R)
+                    actor_loss, metrics = policy_loss(logp, batch["old_logp"], batch["advantages"],
+                                                      mask, args.clip, denom)
+                    metrics["policy_loss"] = actor_loss.detach()
+                    if text is not None:   # Ouyang et al. 2022 (arXiv:2203.02155) eq. 2, last term
+                        block = next(text)             # differs: texts do not see each other
+                        unsup = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
+                        actor_loss = actor_loss + args.unsup_coef * unsup
+                        metrics["unsup_loss"] = unsup.detach()
                 metrics["actor_grad_norm"] = engine.step(actor, actor_loss) if both else 0.0
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
@@ -209,13 +210,12 @@ def main():
     saved, start = Checkpoints(args), args.actor_model_name_or_path
     tokenizer = models.load_tokenizer(start, args)
     models.check_same_vocabulary(start, tokenizer, args.critic_model_name_or_path)
-    if args.reward_fn:
-        reward_function(args.reward_fn)                     # before anything else is loaded
+    args.reward_fn and reward_function(args.reward_fn)      # before anything else is loaded
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
     cut, _, total = batches.plan(args, train, "generation", args.generation_batches)
-    if total <= args.critic_warmup_steps:
-        raise flags.InputError(f"--critic_warmup_steps leaves the actor none of {total} iterations")
+    if args.critic_warmup_steps >= (1 if args.lr_range_test else total):
+        raise flags.InputError(f"--critic_warmup_steps: below {total} steps, 0 in a range test")
     advice.check(args, "ppo", total * args.updates)
     text = batches.text_stream(args, tokenizer, saved.step)
 

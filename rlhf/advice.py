@@ -27,7 +27,7 @@ def check(args, step, total):
     on the embedded world, a thousand times smaller.  InputError for any with --strict_advice."""
     of, idle = vars(args).get, ["num_train_epochs"] * bool(args.max_steps)    # has nothing to say
     rows = of("step_rows") or args.per_device_train_batch_size * args.gradient_accumulation_steps
-    batch = rows * engine.world_size()
+    batch, judged = rows * engine.world_size(), args.data_path != ["toy"] and not args.lr_range_test
     lrs = {n: r * engine.lr_scale(args, batch) for n, r in vars(args).items() if "_rate" in n}
     values = dict(vars(args), **lrs, effective_batch=batch, rollout_batches=of("rows", rows) / rows,
                   warmup_share=args.num_warmup_steps / total)
@@ -39,7 +39,7 @@ def check(args, step, total):
         else:
             idle += [f"{whose}lora_learning_rate", f"{whose}lora_dim"]
     found = [f"{name} is {values[name]:g}, usual: {low:g}{f' to {high:g}' * (low < high)} ({who})"
-             for name, low, high, who in (RULES[step] + COMMON) * (args.data_path != ["toy"])
+             for name, low, high, who in (RULES[step] + COMMON) * judged
              if name not in idle and not low <= values.get(name, low) <= high]
     say("\nadvice: ".join([f"effective batch {batch}, {total} optimizer steps", *found]))
     if found and args.strict_advice:

@@ -54,4 +54,4 @@ def tokenised(texts, function, args, **kinds):
     """The Dataset that the function makes of batches of texts, on several processes."""
     workers = min(args.preprocessing_num_workers, 1 + len(texts) // 5000)
     return texts.map(function, batched=True, load_from_cache_file=False, features=_features(kinds),
-                     num_proc=workers * (workers > 1), remove_columns=texts.column_names)
+                     num_proc=workers * (workers > 1) or None, remove_columns=texts.column_names)

@@ -22,7 +22,7 @@ class Log:
         self.files = {name: _reopened(f"{args.output_dir}/{name}.jsonl", done)
                       for name in ("metrics", "samples")}
         if ramp := args.lr_range_test:              # at its end, or when a guard ends it
-            atexit.register(suggest_rate, f"{args.output_dir}/metrics.jsonl", ramp // 4 + 2)
+            atexit.register(suggest_rate, f"{args.output_dir}/metrics.jsonl", max(2, ramp // 5))
         self.bar = tqdm(total=total_steps, initial=done, dynamic_ncols=True, disable=None)
     def step(self, step, metrics):
         """Record a step.  Its tokens_total and flops_total become tokens_per_second and tflops."""
@@ -61,20 +61,21 @@ class Log:
 
 def suggest_rate(path, width):
     """Where, over `width` steps of a ramp's metrics.jsonl, the loss falls (in step 3: the reward
-    rises, the critic's loss falls) steepest against the rate's logarithm: a line and a picture."""
-    for metric, rate in ("loss", "lr"), ("reward", "actor_lr"), ("value_loss", "critic_lr"):
+    rises, the critic's loss falls) steepest against log10(rate) until its best; and a picture."""
+    for label, rate in ("loss", "lr"), ("-reward", "actor_lr"), ("value_loss", "critic_lr"):
+        metric, sign = label.strip("-"), -1 if "-" in label else 1
         known = [row for row in map(json.loads, open(path)) if row.get(metric) is not None]
-        x, y = np.log10([row[rate] for row in known]), [row[metric] for row in known]
-        falls = [np.polyfit(x[i:i + width], y[i:i + width], 1)[0] * (-1, 1)[metric == "reward"]
-                 for i in range(len(y) - width + 1)]
-        if falls:
-            best = 10 ** x[np.argmax(falls) + width // 2]
-            say(f"--lr_range_test: {metric} is steepest around --{rate} {best:.1e}")
+        x, y = np.log10([row[rate] for row in known]), [sign * row[metric] for row in known]
+        if len(y) >= width:
+            lowest = np.convolve(y, np.ones(width), "valid").argmin()     # then it diverges
+            slopes = [np.polyfit(x[i:i + width], y[i:i + width], 1)[0] for i in range(lowest + 1)]
+            best, most = 10 ** x[np.argmin(slopes) + width // 2], sign * min(slopes)
+            say(f"--lr_range_test: {metric} {most:+.2g} a decade, the most, at --{rate} {best:.1e}")
             with contextlib.suppress(ImportError):                          # the extra [plot]
                 from matplotlib.figure import Figure
-                axes = (figure := Figure()).subplots()
-                axes.semilogx(10 ** x, y), axes.axvline(best), axes.set(xlabel=rate, ylabel=metric)
-                figure.savefig(f"{os.path.dirname(path)}/{rate}.png")
+                axes = Figure().subplots()
+                axes.semilogx(10 ** x, y), axes.axvline(best), axes.set(xlabel=rate, ylabel=label)
+                axes.figure.savefig(f"{os.path.dirname(path)}/{rate}.png")
 
 def _reopened(path, done):
     """A file of JSON lines to append to, without what was written after step `done`."""

@@ -139,3 +139,4 @@ def test_rates_are_judged_as_they_are_scaled_by_the_batch(advise):
     assert advise("sft", f"{scaled} linear --lr 1.3e-5") == (64, ["learning_rate"])  # 5.2e-5
     assert advise("sft", f"{scaled} sqrt --lr 2.4e-5") == (64, [])  # 4.8e-5
     assert advise("sft", f"{scaled} sqrt --lr 2.6e-5") == (64, ["learning_rate"])  # 5.2e-5
+    assert advise("sft", "--lr 1 --lr_range_test") == (64, [])  # of no use to a ramp

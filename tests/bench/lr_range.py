@@ -56,7 +56,7 @@ def one(step, rate, run, work):
     done = cores.run(command(step, run, out, *flags.split(), *rates), cwd=ROOT)
     row = {"step": step, "rate": rate}
     if not rate:
-        said = dict(re.findall(r"steepest around --(\S+) (\S+)", done.stdout))
+        said = dict(re.findall(r"the most, at --(\S+) (\S+)", done.stdout))
         return {**row, "suggested": said, "ended": done.stderr.strip()[-200:]}
     if done.returncode:
         return {**row, "value": None, "ended": done.stderr.strip()[-200:]}
