@@ -122,7 +122,8 @@ def test_readmes_starting_values_are_within_the_rules(advise):
     table = page[page.index("## Starting values") : page.index("## When a run ends early")]
     full = {}
     for method, command in re.findall(r"^\| (\S[^|]*) \| ([^|]*`[^|]*`) \|", table, re.M):
-        step = {"reward model": "rm"}.get(method, method.partition(",")[0].lower())
+        name = method.partition(",")[0].lower()
+        step = {"reward model": "rm"}.get(name, name)
         words = re.search("`(.*)`", command)[1]
         if words.startswith("deepspeed"):
             words = full[step] = re.sub(r".*\.py|--(model_name_or_path|data_path) \S+", "", words)
