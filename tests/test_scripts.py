@@ -315,7 +315,7 @@ def test_the_rate_that_a_ramp_suggests_is_where_a_known_curve_is_steepest(
     for step in range(steps):
         rate = 10 ** (-7 + 7 * step / 100)
         fallen = 1 / (1 + math.exp(-4 * (math.log10(rate) + 3)))
-        loss = 5 - 4 * fallen + 0.2 * noise[step] + (wild(step - 82) if step > 82 else 0)
+        loss = 5 - 4 * fallen + 0.2 * noise[step] + (wild(step - 72) if step > 72 else 0)
         rows.append({"step": step + 1, "actor_lr": rate, "critic_lr": rate, "kl": 0.0})
         rows[-1].update(reward=-loss, value_loss=loss if step != 5 else None)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
