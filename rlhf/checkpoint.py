@@ -31,7 +31,7 @@ class Checkpoints:
             self.step, then = map(self._load(0).get, ("step", "flags"))
             args.kl_now = then.get("kl_now")                    # as --target_kl had adapted it
             other = [f"--{name} {then.get(name)} (now {value})"
-                     for name, value in self._flags().items() if then.get(name, value) != value]
+                     for name, value in self._flags().items() if then.get(name) != value]
             if other:
                 raise InputError(f"--resume: {self.start} has {', '.join(other)}: give the same")
     def restore(self, engines, ema=None):

@@ -305,7 +305,7 @@ def test_a_ramp_of_rates_says_where_the_loss_falls_steepest_and_touches_nothing(
 
 
 @pytest.mark.parametrize("steps", [100, 60, 20])
-@pytest.mark.parametrize("wild", [lambda n: 9.0, lambda n: 200 * 0.9**n + 8])
+@pytest.mark.parametrize("wild", [lambda n: 9.0, lambda n: 200 * 0.9**n + 8], ids=["leap", "spike"])
 def test_the_rate_that_a_ramp_suggests_is_where_a_known_curve_is_steepest(
     steps, wild, tmp_path, capsys
 ):

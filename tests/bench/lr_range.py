@@ -26,12 +26,20 @@ SWEEPS = {
     "rm": ("--per_device_train_batch_size 64", ["lr"], RATES, "eval_accuracy", 1, 1),
     "dpo": (
         "--max_eval_rows 1000 --max_steps 300 --beta 0.1 --eval_interval 1000",
-        *(["lr"], RATES, "eval_accuracy", 1, 1),
+        ["lr"],
+        RATES,
+        "eval_accuracy",
+        1,
+        1,
     ),
     "ppo": (
         """--per_device_generation_batch_size 64 --per_device_training_batch_size 64 --max_steps 100
         --max_prompt_seq_len 32 --max_answer_seq_len 48 --lr_scheduler_type linear""",
-        *(["actor_lr", "critic_lr"], RATES, "reward", 20, 1),
+        ["actor_lr", "critic_lr"],
+        RATES,
+        "reward",
+        20,
+        1,
     ),
 }
 
