@@ -8,8 +8,7 @@ beta * log(pi / pi_ref); the reference pi_ref is the policy as it was."""
 from functools import partial
 import torch
 from datasets import Dataset, load_from_disk
-from rlhf import advice, args as flags, batches, cache, data, engine, models
-from rlhf.checkpoint import Checkpoints
+from rlhf import advice, args as flags, batches, cache, checkpoint, data, engine, models
 from rlhf.evaluate import log_ratios, pair_statistics, preferences, score_pairs
 from rlhf.generate import sample
 from rlhf.log import Log, work
@@ -17,9 +16,7 @@ from rlhf.losses import dpo_loss
 
 def parse():
     parser = flags.Parser(__doc__)
-    flags.add_training(parser, learning_rate=2e-6)
-    flags.add_run(parser, "output/dpo")
-    add = parser.add_argument_group("DPO, own defaults", conflict_handler="resolve").add_argument
+    add = parser.add_argument_group("DPO; all defaults are the recipe's, not DSC's").add_argument
     add("--beta", type=flags.positive, default=0.5, help="price of leaving the reference [recipe]")
     add("--label_smoothing", type=flags.fraction, default=0.0, help="share of wrong labels [DSC]")
     add("--loss_type", choices=("sigmoid", "ipo", "hinge"), default="sigmoid", help="[DPO]")
@@ -28,13 +25,10 @@ def parse():
     add("--precompute_ref_logp", action="store_true", help="and need no reference [ours: off]")
     flags.add_frozen(add, "reference")
     add("--eval_kl_prompts", type=flags.count, default=64, help="to sample for eval_kl [ours]")
-    add("--model_name_or_path", default="output/sft", help="a folder or hub id [ours: step 1's]")
-    add("--learning_rate", "--lr", type=flags.non_negative, default=2e-6, help="peak [recipe]")
-    add("--weight_decay", type=flags.non_negative, default=0.01, help="of matrices only [recipe]")
-    add("--lr_scheduler_type", choices=flags.SCHEDULES, default="linear", help="[recipe]")
-    add("--num_warmup_steps", type=flags.count, default=10, help="optimizer steps [recipe]")
-    add("--max_seq_len", type=flags.at_least_2, default=256, help="tokens; then cut [recipe]")
-    add("--eval_fraction", type=flags.open_fraction, default=0.05, help="held out [recipe]")
+    flags.add_training(parser, learning_rate=2e-6, warmup=10)
+    flags.add_run(parser, "output/dpo")
+    parser.set_defaults(model_name_or_path="output/sft", weight_decay=0.01, max_seq_len=256,
+                        lr_scheduler_type="linear", eval_fraction=0.05)
     return parser.parse_args()
 
 def response_logprobs(model, batch, args):
@@ -89,17 +83,15 @@ def precomputed(policy, rows, collate, tokenizer, args):
     return rows.add_column("ref_logp", load_from_disk(folder)["ref_logp"][:])
 
 def main():
-    args = parse()
-    engine.init(args)
-    saved = Checkpoints(args)
-    tokenizer = models.load_tokenizer(args.model_name_or_path, args)
+    args = engine.init(parse())
+    saved, path = checkpoint.Checkpoints(args), args.model_name_or_path
+    tokenizer = models.load_tokenizer(path, args)
     train, held_out = data.load(args, tokenizer, 2, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=("chosen", "rejected"))
     cut, _, total = batches.plan(args, train)
     advice.check(args, "dpo", total)
 
-    load = partial(models.load_policy, args.model_name_or_path, tokenizer,
-                   engine.pick_dtype(args.dtype), args.max_seq_len)
+    load = partial(models.load_policy, path, tokenizer, args.dtype, args.max_seq_len)
     policy = engine.train_engine(load(), args, "", cut[0], total)
     policy.eval()                             # no dropout: policy and reference are compared
     reference = None if args.precompute_ref_logp else engine.reference(policy, load, args, "")

@@ -9,9 +9,8 @@ predicts each token's return; the reward model (or --reward_fn) scores whole res
 import json, os, runpy, time
 from functools import cache, partial
 import torch
-from rlhf import advice, args as flags, batches, data, engine, models
+from rlhf import advice, args as flags, batches, checkpoint, data, engine, models
 from rlhf.args import count, fraction, non_negative, open_fraction, positive, positive_int, share
-from rlhf.checkpoint import Checkpoints
 from rlhf.ema import EMA
 from rlhf.generate import sample
 from rlhf.log import Log, say, work
@@ -82,10 +81,9 @@ def reward_function(spec):
 def function_scores(batch, tokenizer, args):
     """--reward_fn's score of each response -> (B,) fp32.  It gets lists: prompts, responses (texts
     without special tokens), the data's rows (dicts).  InputError names the prompt it fails on."""
-    function = reward_function(args.reward_fn)
     def judged(*given):
         try:
-            scores = torch.tensor([float(score) for score in function(*map(list, given))])
+            scores = torch.tensor([*map(float, reward_function(args.reward_fn)(*map(list, given)))])
             if len(scores) != len(given[0]) or not scores.isfinite().all():
                 raise ValueError(f"{scores.tolist()} for {len(given[0])} responses")
             return scores.to(batch["mask"].device)
@@ -115,10 +113,9 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         if args.reward_fn:                                                                  # (B,)
             batch["score"] += args.reward_fn_weight * function_scores(batch, tokenizer, args)
     batch = models.stack(batches, tokenizer.pad_token_id)
-    mask, ended, logp, ref_logp, values = map(
-        batch.get, ("mask", "ended", "old_logp", "ref_logp", "old_values"))
+    mask, logp, ref_logp, values = map(batch.get, ("mask", "old_logp", "ref_logp", "old_values"))
     score = batch["score"].clamp(-args.clip_reward, args.clip_reward)       # but not the penalty
-    score = score - args.missing_eos_penalty * ~ended
+    score = score - args.missing_eos_penalty * ~batch["ended"]
     rewards = shaped_rewards(score, logp, ref_logp, mask, args.kl_now, flags.INF, args.kl_estimator)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     batch["advantages"] = advantages if args.no_whiten_advantages else whiten(advantages, mask)
@@ -126,16 +123,16 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     batch["kl"] = kl_estimate(logp, ref_logp).masked_fill(~mask, 0).sum(1)                  # (B,)
     return_mean, return_variance = masked_moments(returns, mask)
     error_variance = masked_moments(returns - values, mask)[1]
-    score_variance = masked_moments(batch["score"], torch.ones_like(ended))[1]
+    score_variance = masked_moments(batch["score"], torch.ones_like(batch["ended"]))[1]
     return batch, {                       # in the order in which they depend on one another
-        "entropy": masked_moments(-logp, mask)[0], "kl": batch["kl"].mean(),
-        "kl_coef": args.kl_now, "score": batch["score"].mean(), "score_std": score_variance.sqrt(),
+        "entropy": masked_moments(-logp, mask)[0], "kl": batch["kl"].mean(), "kl_coef": args.kl_now,
+        "score": batch["score"].mean(), "score_std": score_variance.sqrt(),
         "reward": rewards.sum(1).mean(), "return_mean": return_mean,
-        "advantage_mean": masked_moments(advantages, mask)[0], "eos_rate": ended.double().mean(),
+        "advantage_mean": masked_moments(advantages, mask)[0],
         "explained_variance": 1 - error_variance / return_variance.clamp(min=1e-8),
-        "response_length": mask.sum(1).double().mean(), "seconds_generate": sampled - start,
+        "eos_rate": batch["ended"].double().mean(), "response_length": mask.sum(1).double().mean(),
         **work(batches, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
-        "seconds_score": time.perf_counter() - sampled}
+        "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
 
 def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
     """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
@@ -178,22 +175,20 @@ def guard(step, metrics, args):
     """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
     kl, ratio = metrics.get("kl", 0), metrics.get("ratio_mean", 1)
     rows = 0 if args.reward_fn else args.rows * engine.world_size()     # a rule may praise nothing
-    for wrong, reason in (
-            (rows > 1 and metrics.get("score_std", 1) < 1e-6,
-             "the reward model scores all responses alike: is it trained, and for such data?"),
-            (args.kl_stop and kl > args.kl_stop,
-             f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),
-            (ratio > 10, f"the mean ratio is {ratio:.1f}, above 10: lower --actor_lr")):
-        if wrong:
-            raise flags.InputError(f"step {step}: {reason}")
+    wrong = "the reward model scores all responses alike: is it trained, and for such data?" \
+        if rows > 1 and metrics.get("score_std", 1) < 1e-6 else \
+        f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef" \
+        if args.kl_stop and kl > args.kl_stop else \
+        f"the mean ratio is {ratio:.1f}, above 10: lower --actor_lr" if ratio > 10 else ""
+    if wrong:
+        raise flags.InputError(f"step {step}: {wrong}")
     if metrics.get("eos_rate") == 0:
         say(f"step {step}: no response ended: raise --max_answer_seq_len or --missing_eos_penalty")
     return metrics
 
 def load_models(args, tokenizer, steps):
     """-> actor and critic (engines with optimizers), reference, reward model or None (frozen)."""
-    length = args.max_prompt_seq_len + args.max_answer_seq_len
-    common = (tokenizer, engine.pick_dtype(args.dtype), length)
+    common = (tokenizer, args.dtype, args.max_prompt_seq_len + args.max_answer_seq_len)
     policy = partial(models.load_policy, args.actor_model_name_or_path, *common)
     given = args.critic_model_name_or_path
     scalar = partial(models.load_scalar, given or args.actor_model_name_or_path, *common, not given)
@@ -205,9 +200,8 @@ def load_models(args, tokenizer, steps):
         engine.frozen(scalar(), args, "reward", args.critic_zero_stage) if given else None
 
 def main():
-    args = parse()
-    engine.init(args)
-    saved, start = Checkpoints(args), args.actor_model_name_or_path
+    args = engine.init(parse())
+    saved, start = checkpoint.Checkpoints(args), args.actor_model_name_or_path
     tokenizer = models.load_tokenizer(start, args)
     models.check_same_vocabulary(start, tokenizer, args.critic_model_name_or_path)
     args.reward_fn and reward_function(args.reward_fn)      # before anything else is loaded

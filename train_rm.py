@@ -4,8 +4,7 @@
     deepspeed --num_gpus 8 train_rm.py --model_name_or_path facebook/opt-350m \\
         --data_path Dahoas/rm-static --learning_rate 5e-5 --weight_decay 0.1 --zero_stage 2"""
 from functools import partial
-from rlhf import advice, args as flags, batches, data, engine, models
-from rlhf.checkpoint import Checkpoints
+from rlhf import advice, args as flags, batches, checkpoint, data, engine, models
 from rlhf.evaluate import pair_statistics, preferences
 from rlhf.log import Log, work
 from rlhf.losses import bradley_terry_loss
@@ -27,17 +26,15 @@ def train_step(model, micro_batches):
     return {**engine.summarise(history), **work(micro_batches, {model: model.passes})}
 
 def main():
-    args = parse()
-    engine.init(args)
-    saved = Checkpoints(args)
-    tokenizer = models.load_tokenizer(args.model_name_or_path, args)
+    args = engine.init(parse())
+    saved, path = checkpoint.Checkpoints(args), args.model_name_or_path
+    tokenizer = models.load_tokenizer(path, args)
     train, held_out = data.load(args, tokenizer, 2)
     to_batch = partial(batches.collate, tokenizer, responses=("chosen", "rejected"))
     cut, epoch, total = batches.plan(args, train)
     advice.check(args, "rm", total)
 
-    model = models.load_scalar(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
-                               args.max_seq_len, new_head=True)
+    model = models.load_scalar(path, tokenizer, args.dtype, args.max_seq_len, new_head=True)
     model = engine.train_engine(model, args, "", cut[0], total)
     model.eval()                              # no dropout: the scores of a pair are compared
     saved.restore({"model": model})

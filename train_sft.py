@@ -4,8 +4,7 @@
     deepspeed --num_gpus 8 train_sft.py --model_name_or_path facebook/opt-1.3b \\
         --data_path Dahoas/rm-static --learning_rate 9.65e-6 --num_train_epochs 16 --zero_stage 2"""
 from functools import partial
-from rlhf import advice, args as flags, batches, data, engine, models
-from rlhf.checkpoint import Checkpoints
+from rlhf import advice, args as flags, batches, checkpoint, data, engine, models
 from rlhf.evaluate import perplexity
 from rlhf.log import Log, work
 from rlhf.losses import masked_mean
@@ -33,10 +32,9 @@ def train_step(policy, micro_batches):
     return {**engine.summarise(history), **work(micro_batches, {policy: policy.passes})}
 
 def main():
-    args = parse()
-    engine.init(args)
-    saved = Checkpoints(args)
-    tokenizer = models.load_tokenizer(args.model_name_or_path, args)
+    args = engine.init(parse())
+    saved, path = checkpoint.Checkpoints(args), args.model_name_or_path
+    tokenizer = models.load_tokenizer(path, args)
     train, held_out = data.load(args, tokenizer, 1)
     to_batch = to_eval_batch = partial(batches.collate, tokenizer)
     if args.packing:
@@ -45,8 +43,7 @@ def main():
     cut, epoch, total = batches.plan(args, train)
     advice.check(args, "sft", total)
 
-    policy = models.load_policy(args.model_name_or_path, tokenizer, engine.pick_dtype(args.dtype),
-                                args.max_seq_len)
+    policy = models.load_policy(path, tokenizer, args.dtype, args.max_seq_len)
     policy = engine.train_engine(policy, args, "", cut[0], total)
     saved.restore({"policy": policy})
     log = Log(args, total, "loss grad_norm lr tokens_per_second".split(), policy, saved.step)

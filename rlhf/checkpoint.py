@@ -63,9 +63,8 @@ class Checkpoints:
             command = shlex.join(text for text in sys.argv if "--local_rank" not in text)
             say(f"stopped after step {step}; to go on, start as before: {command} --resume")
             raise SystemExit(0)
-    def _load(self, rank):
-        path = str(self.start / f"rank{rank}.pt")
-        return opened(torch.load, path, "the checkpoint in", "cpu", weights_only=False)
+    _load = lambda self, rank: opened(torch.load, str(self.start / f"rank{rank}.pt"),
+                                      "the checkpoint in", "cpu", weights_only=False)
     def _save(self, step):
         new = self.folder / ".new"
         engine.on_rank_zero(lambda: (shutil.rmtree(new, True), os.makedirs(new)))

@@ -80,8 +80,7 @@ def layout_of(path, row, where):
         if path.partition(":")[0] == name or folder == name.rpartition("/")[2]:
             return layout
     needs = lambda layout: {*re.findall(r"{(\w+)", "".join(filter(None, layout[:4])))}
-    known = [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]
-    if known:
+    if known := [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]:
         return max(known, key=lambda layout: len(needs(layout)))
     raise InputError(f"{where}: no layout fits columns {', '.join(row)}: rename them to prompt and "
                      f"response, or prompt, chosen and rejected")
@@ -184,7 +183,7 @@ def inspect_data():
     add("--train_on_prompt", action="store_true", help="step 1's [ours]")
     flags.add_run(parser, None)
     args = parser.parse_args()
-    engine.quieten(args.log_level)
+    engine.prepare(args.log_level)
     tokenizer = models.load_tokenizer(args.tokenizer, args)
     rows, _ = load(args, tokenizer, args.phase, [None, args.max_prompt_seq_len][args.phase == 3])
     names = list(COLUMNS)[:render.NEEDED[args.phase]]

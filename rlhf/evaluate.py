@@ -102,7 +102,7 @@ def table(rows):
 def main():
     args = parse()
     flags.check_writable(args.output_dir)
-    engine.quieten(args.log_level)
+    engine.prepare(args.log_level)
     paths = dict(text.split("=", 1) if "=" in text else (text, text) for text in args.models)
     if len(paths) < len(args.models):
         raise flags.InputError("--models: two models have the same name")
@@ -110,8 +110,8 @@ def main():
     tokenizer = models.load_tokenizer(start, args)
     for path in [*paths.values(), args.reward_model]:
         models.check_same_vocabulary(start, tokenizer, path)
-    length, dtype = args.max_prompt_seq_len + args.max_answer_seq_len, engine.pick_dtype(args.dtype)
-    load = lambda path, kind=models.load_policy: engine.frozen(kind(path, tokenizer, dtype, length))
+    load = lambda path, kind=models.load_policy: engine.frozen(
+        kind(path, tokenizer, args.dtype, args.max_prompt_seq_len + args.max_answer_seq_len))
     baseline, reward_model = load(start), load(args.reward_model, models.load_scalar)
     _, held_out = data.load(args, tokenizer, 1)
     prompts = [{**row, "chosen": row["chosen"][:args.max_answer_seq_len]} for row in held_out
@@ -126,10 +126,10 @@ def main():
         got = answers[name] = respond(policy, baseline, reward_model, tokenizer, prompts, args)
         difference = (got["score"] - answers[first]["score"]).sign().double()
         rows[name] = {
-            **mean_ci("score", got["score"]), **mean_ci("win_rate", (difference + 1) / 2),
-            **mean_ci("kl", got["kl"]), **known(got["text"]),
-            **{n: got[n].double().mean().item() for n in ("response_length", "eos_rate")},
-            "perplexity": perplexity(policy, prompts, collate, args.batch_size)}
+            **mean_ci("score", got["score"]), **mean_ci("kl", got["kl"]), **known(got["text"]),
+            **mean_ci("win_rate", (difference + 1) / 2), "perplexity": perplexity(
+                policy, prompts, collate, args.batch_size),
+            **{n: got[n].double().mean().item() for n in ("response_length", "eos_rate")}}
     if args.best_of:                          # one draw of the largest n serves every n
         repeated = [row for row in prompts for _ in range(max(args.best_of))]
         drawn = respond(baseline, baseline, reward_model, tokenizer, repeated, args)

@@ -28,9 +28,9 @@ def read(path, seed):
     else:
         streams = {n: _file(os.path.join(path, n)) for n in names if n.endswith(SUFFIXES)}
     shard = lambda name, kind: re.fullmatch(kind + r"([-_]?\d.*)?", name.split(".")[0])
-    groups = [next((group for like in (shard, str.startswith) for kind in kinds
-                    if (group := [n for n in streams if like(n, kind)])), [])
-              for kinds in (("train",), HELD_OUT)]
+    named = lambda like, kind: [name for name in streams if like(name, kind)]
+    groups = [next(filter(None, (named(like, kind) for like in (shard, str.startswith)
+                                 for kind in kinds)), []) for kinds in (("train",), HELD_OUT)]
     if not groups[0]:
         raise InputError(f"{path}: no train file or split in it, but {[*streams] or 'nothing'}")
     # Shards are files of one split; of the hub's train_sft, train_prefs the first will do.

@@ -1,10 +1,11 @@
 """Sampling from the policy, one forward a token, and what makes that fast."""
-import inspect
+import contextlib, inspect
+from functools import partial
 import torch
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from rlhf.args import InputError
-from rlhf.models import positions
+from rlhf.models import places
 
 @torch.no_grad()
 def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
@@ -19,19 +20,19 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     cache.layers = [Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
-    for t in range(max_new_tokens):
-        if not len(going):
-            break
-        here = {name: at[:, -ids.shape[1]:] for name, at in positions(model, seen).items()}
-        logits = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True,
-                       logits_to_keep=1, **here).logits[:, -1]                              # (b, V)
-        token = draw(logits, uniform[going, t], temperature, top_p, top_k)
-        response[going, t], mask[going, t] = token, True
-        stay = (token != config.eos_token_id).nonzero()[:, 0]
-        if len(stay) < len(going):                                # finished rows leave the batch
-            going, token, seen = going[stay], token[stay], seen[stay]
-            cache.reorder_cache(stay)
-        ids, seen = token[:, None], torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+    with reordered(model) if ids.is_cpu else contextlib.nullcontext():
+        for t in range(max_new_tokens):
+            if not len(going):
+                break
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                           **places(model, seen, ids.shape[1])).logits[:, -1]               # (b, V)
+            token = draw(logits, uniform[going, t], temperature, top_p, top_k)
+            response[going, t], mask[going, t] = token, True
+            stay = (token != config.eos_token_id).nonzero()[:, 0]
+            if len(stay) < len(going):                            # finished rows leave the batch
+                going, token, seen = going[stay], token[stay], seen[stay]
+                cache.reorder_cache(stay)
+            ids, seen = token[:, None], torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
     longest = mask.any(0).sum()
     return {**prompts, "response_ids": response[:, :longest], "mask": mask[:, :longest],
             "ended": mask.any(1).index_fill(0, going, False)}
@@ -46,6 +47,23 @@ def draw(logits, uniform, temperature, top_p, top_k):
     if not passed[:, -1].isfinite().all():
         raise InputError("the policy's probabilities are not finite: it diverged, lower its rate")
     return torch.searchsorted(passed, (uniform * passed[:, -1])[:, None], right=True)[:, 0]
+
+@contextlib.contextmanager
+def reordered(model):
+    """A model on the CPU whose linear maps read copies of their weights in oneDNN's own order.  For
+    a token a row, MKL reads plain ones at a fraction of the memory's speed."""
+    ops, precision = torch.ops.mkldnn, torch.get_float32_matmul_precision()
+    able = hasattr(ops, "_linear_pointwise") and model.dtype in (torch.float32, torch.bfloat16)
+    linears = [m for m in model.modules() if able and type(m) is torch.nn.Linear]
+    torch.set_float32_matmul_precision("highest")              # else reordered at each use
+    try:
+        for m in linears:
+            m.forward = partial(ops._linear_pointwise, W=ops._reorder_linear_weight(m.weight),
+                                B=m.bias, attr="none", scalars=[], algorithm="")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        [vars(m).pop("forward", None) for m in linears]
 
 class Room(StaticLayer):
     """Keys and values written into room for all, of which only the written part is shown."""

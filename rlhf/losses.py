@@ -56,8 +56,7 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
     Rafailov et al. 2023 (arXiv:2305.18290) eq. 7: `bradley_terry_loss` on the implicit rewards of
     eq. 5, beta * log(pi / pi_ref), less a constant.  kind "hinge": Liu et al. 2023
     (arXiv:2309.06657); "ipo": Azar et al. 2023 (arXiv:2310.12036) eq. 17, whose tau is beta.
-    label_smoothing: the assumed rate of flipped labels (Mitchell 2023).  stats: these implicit
-    rewards, chosen_reward and rejected_reward (B,)."""
+    label_smoothing: the rate of flipped labels (Mitchell 2023).  stats: chosen_reward and so on."""
     loss_of = {"sigmoid": bradley_terry_loss, "hinge": lambda a, b: F.relu(1 - (a - b)).mean(),
                "ipo": lambda a, b: ((a - b) / beta - 1 / (2 * beta)).square().mean()}[kind]
     chosen = beta * (_wide(logp_chosen) - _wide(ref_logp_chosen))                       # eq. 5
@@ -72,9 +71,8 @@ def kl_estimate(logp, ref_logp, kind="k1"):
     and never negative, k2 is biased but its gradient is the KL's.  ValueError for another kind."""
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimate: kind must be k1, k2 or k3, not {kind!r}")
-    log_ratio = _wide(logp) - _wide(ref_logp)      # of the policy that was sampled to the reference
-    return {"k1": log_ratio, "k2": log_ratio.square() / 2,
-            "k3": torch.expm1(-log_ratio) + log_ratio}[kind]
+    logr = _wide(logp) - _wide(ref_logp)           # of the policy that was sampled to the reference
+    return {"k1": logr, "k2": logr.square() / 2, "k3": torch.expm1(-logr) + logr}[kind]
 
 def shaped_rewards(score, logp, ref_logp, mask, kl_coef, clip_reward=5.0, kind="k1"):
     """-kl_coef * KL on every action, plus on a response's last one the score, clipped to
@@ -98,26 +96,23 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
-    """Clipped surrogate, negated.  All (B, R) -> scalar, stats.
-    Schulman et al. 2017 (arXiv:1707.06347) eq. 7.  stats: ratio_mean, ratio_min, ratio_max;
-    clip_frac, the share of tokens without gradient; approx_kl, k3 from the old policy."""
-    log_ratio = (_wide(logp) - _wide(old_logp)).masked_fill(~mask, 0.0)     # padding has ratio 1
+    """Clipped surrogate, negated; all (B, R) -> scalar, stats: ratio_mean, ratio_min, ratio_max,
+    clip_frac (no gradient), approx_kl (k3).  Schulman et al. 2017 (arXiv:1707.06347) eq. 7."""
+    logr = (_wide(logp) - _wide(old_logp)).masked_fill(~mask, 0.0)     # padding has ratio 1
     advantages = _wide(advantages).masked_fill(~mask, 0.0)
-    ratio = log_ratio.exp()
+    ratio = logr.exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -masked_mean(torch.minimum(unclipped, clipped), mask, denom)                 # eq. 7
     with torch.no_grad():
         mean = lambda x: masked_mean(x, mask, denom)
         stats = {"ratio_mean": mean(ratio), "ratio_min": ratio.min(), "ratio_max": ratio.max(),
-                 "clip_frac": mean((clipped < unclipped).float()),
-                 "approx_kl": mean(torch.expm1(log_ratio) - log_ratio)}
+                 "clip_frac": mean(clipped < unclipped), "approx_kl": mean(logr.expm1() - logr)}
     return loss, stats
 
 def value_loss(values, old_values, returns, mask, clip=0.2, denom=None):
     """Half the squared error, the move away from old_values clipped.  All (B, R) -> scalar, stats.
     Schulman et al. 2017 (arXiv:1707.06347) eq. 9, second term; the clipping is in their code only
-    (Engstrom et al. 2020, arXiv:2005.12729).  stats: clip_frac; explained_variance of this
-    micro-batch, 1 - Var(returns - values) / Var(returns)."""
+    (Engstrom et al. 2020, arXiv:2005.12729).  stats of the batch: clip_frac, explained_variance."""
     values, old_values, returns = (
         _wide(x).masked_fill(~mask, 0.0) for x in (values, old_values, returns))
     clipped_values = old_values + (values - old_values).clamp(-clip, clip)
@@ -125,6 +120,6 @@ def value_loss(values, old_values, returns, mask, clip=0.2, denom=None):
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask, denom)
     with torch.no_grad():
         error = (returns - values)[mask].var(correction=0)
-        stats = {"clip_frac": masked_mean((clipped > unclipped).float(), mask, denom),
+        stats = {"clip_frac": masked_mean(clipped > unclipped, mask, denom),
                  "explained_variance": 1 - error / returns[mask].var(correction=0).clamp(min=1e-8)}
     return loss, stats

@@ -11,8 +11,9 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 from rlhf import lora, toy
 from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
-_join = lambda batch: (torch.cat([batch["prompt_ids"], batch["response_ids"]], 1),     # (B, P + R)
-                       torch.cat([batch["prompt_mask"], batch["mask"]], 1).long())
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+pick_dtype = lambda flag: DTYPES[flag] if flag != "auto" else torch.bfloat16 if \
+    torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 texts = lambda tokenizer, ids, mask: [                             # without special tokens
     tokenizer.decode(row[seen], skip_special_tokens=True) for row, seen in zip(ids, mask)]
 
@@ -36,16 +37,16 @@ def load_tokenizer(path, args=None):
         tokenizer.add_special_tokens({"pad_token": unk})
     return tokenizer
 
-def load_policy(path, tokenizer, dtype=torch.float32, length=0):
+def load_policy(path, tokenizer, dtype="fp32", length=0):
     """Any causal language model; toy: a fresh one of a million weights.  InputError for a missing,
     unexpected or misshapen weight, or a context of under `length` tokens."""
-    return _load(AutoModelForCausalLM, path, tokenizer, dtype, length)[0]
+    return _load(AutoModelForCausalLM, path, tokenizer, pick_dtype(dtype), length)[0]
 
-def load_scalar(path, tokenizer, dtype=torch.float32, length=0, new_head=False):
+def load_scalar(path, tokenizer, dtype="fp32", length=0, new_head=False):
     """A backbone with a one-number head -> ScalarModel.  With new_head (step 2) a language model
     will do, and gets a fresh head; or it must be a reward model.  InputError as in load_policy."""
     kind = AutoModelForSequenceClassification
-    model, fresh = _load(kind, path, tokenizer, dtype, length, new_head)
+    model, fresh = _load(kind, path, tokenizer, pick_dtype(dtype), length, new_head)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise InputError(f"{path}: a {type(model).__name__} has no linear head named score: use a "
                          f"decoder-only language model")
@@ -57,8 +58,7 @@ def load_scalar(path, tokenizer, dtype=torch.float32, length=0, new_head=False):
 class Fp32Linear(nn.Linear):
     """A head that computes in fp32 whatever its weights are: bf16 rounds a score of 3 to 1/64."""
     def forward(self, hidden):
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        return nn.functional.linear(hidden.float(), *(p.float() for p in self.parameters()))
 
 class ScalarModel(nn.Module):
     """A sequence classifier with one label, read at every position, or the last (reward model)."""
@@ -66,32 +66,38 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.classifier, self.config = classifier, classifier.config
     def forward(self, input_ids, attention_mask):
-        """(B, T), (B, T) -> (B, T) fp32: the head's output after each token.  Padding, wherever it
-        is, goes to the right end first, and what all rows have of it is not computed."""
-        backbone, longest = self.classifier.base_model, attention_mask.sum(1).max()
-        order = attention_mask.argsort(dim=1, descending=True, stable=True)[:, :longest]  # (B, t)
-        ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-        hidden = backbone(ids, attention_mask=mask, use_cache=False, **positions(backbone, mask))[0]
-        values = self.classifier.score(hidden).squeeze(-1)                                # (B, t)
-        return torch.zeros_like(input_ids, dtype=values.dtype).scatter(1, order, values)
+        """(B, T), (B, T) -> (B, T) fp32: the head's output after each token."""
+        backbone = self.classifier.base_model
+        hidden = backbone(input_ids, use_cache=False, **places(backbone, attention_mask))[0]
+        return self.classifier.score(hidden).squeeze(-1)
 
 def policy_logprobs(model, batch, temperature=1.0):
     """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, and only the response is projected."""
-    ids, mask = _join(batch)
-    net, keep = getattr(model, "module", model), batch["mask"].shape[1] + 1
-    inputs = _apart(net, batch["position_ids"]) if "position_ids" in batch else \
-        {"attention_mask": mask, **positions(net, mask)}
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep, **inputs).logits[:, :-1]
-    return token_logprobs(logits, batch["response_ids"], temperature)           # of (B, R, V)
+    ids, mask, back = _close(batch)
+    net, R = getattr(model, "module", model), batch["mask"].shape[1]
+    where = _apart(net, batch["position_ids"]) if "position_ids" in batch else places(net, mask)
+    before = torch.arange(ids.shape[1] - 1, device=ids.device)[-R:]   # as a slice, 3 times as slow
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=before, **where).logits
+    return back(token_logprobs(logits, ids[:, before + 1], temperature))        # of (B, R, V)
 
 def state_values(model, batch):
     """V(x, y_<t) of a batch -> (B, R) fp32: the critic's output before each response token."""
-    return model(*_join(batch))[:, -batch["mask"].shape[1] - 1:-1]
+    ids, mask, back = _close(batch)
+    return back(model(ids, mask)[:, -batch["mask"].shape[1] - 1:-1])
 
 def sequence_scores(model, batch):
     """The reward model's score of each row, read at its last real token -> (B,) fp32."""
-    last = batch["prompt_mask"].shape[1] + batch["mask"].sum(1, keepdim=True) - 1
-    return model(*_join(batch)).gather(1, last).squeeze(1)
+    return model(*_close(batch)[:2])[:, -1]
+
+def _close(batch):
+    """-> ids, mask (B, t): all rows end in the last column, and padding that all have is left out;
+    a function that puts the last R columns, (B, R), back to where a batch's responses are."""
+    ids = torch.cat([batch["prompt_ids"], batch["response_ids"]], 1)                    # (B, P + R)
+    mask = torch.ones_like(ids) if "position_ids" in batch else \
+        torch.cat([batch["prompt_mask"], batch["mask"]], 1).long()
+    order, R = mask.argsort(dim=1, stable=True)[:, -mask.sum(1).max():], batch["mask"].shape[1]
+    back = lambda x: x.new_zeros(mask.shape).scatter(1, order[:, -x.shape[1]:], x)[:, -R:]
+    return ids.gather(1, order), mask.gather(1, order), back
 
 def stack(batches, pad_token_id):
     """Batches of other widths -> one; prompts are widened on the left, the rest on the right."""
@@ -131,15 +137,17 @@ def check_same_vocabulary(path, tokenizer, other_path):
         raise InputError(f"responses end with {end} for {path}, {other.eos_token} for {other_path}:"
                          f" give all steps one --end_of_conversation_token")
 
-def positions(model, mask):
-    """Position ids that follow the mask, for models that take them (those with ALiBi do not)."""
+def places(model, mask, new=0):
+    """Where the `new` (or all) last tokens are: the mask and, for models that take them (those with
+    ALiBi do not), position ids that follow it."""
+    ids = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]}
     known = "position_ids" in inspect.signature(model.forward).parameters
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if known else {}
+    return {"attention_mask": mask, **(ids if known else {})}
 
 def _apart(model, position_ids):
     """Position ids that start again with each sequence of a row, and the mask that keeps them
     apart: explicit, since not every family would infer it.  InputError if the model takes none."""
-    if not positions(model, position_ids):
+    if "position_ids" not in places(model, position_ids):
         raise InputError(f"packed sequences would see each other in a {type(model).__name__}: do "
                          f"without --packing or --unsupervised_dataset_name")
     sequence, dtype = (position_ids == 0).cumsum(1), next(model.parameters()).dtype         # (B, T)

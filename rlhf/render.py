@@ -26,8 +26,7 @@ def render(row, where, layout, phase, tokenizer):
         texts[1] = response
     name = texts[0]
     if any(isinstance(text, list) for text in texts):
-        talk = _chat(*texts, where, tokenizer)
-        if talk is None:
+        if (talk := _chat(*texts, where, tokenizer)) is None:
             return dropped("prompts of a pair differ")
         name, *texts = talk
     elif layout.prompt is None:                  # it is what the responses share

@@ -78,7 +78,6 @@ def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
     common.update(lr_scheduler_type="constant", **more)
     torch.manual_seed(1)
     tokenizer = models.load_tokenizer(paths[0])
-    weights = engine.DTYPES[dtype]
     if kind == "ppo":
         rows = dict(
             per_device_generation_batch_size=micro * accumulation,
@@ -88,8 +87,8 @@ def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
         rates = dict(actor_lr=1e-3, critic_lr=1e-3, actor_lora_dim=lora_dim)
         stages = dict(actor_zero_stage=stage, critic_zero_stage=stage)
         args = parsed(train_ppo, **rows, **rates, **stages, **common)
-        actor = models.load_policy(paths[0], tokenizer, weights)
-        critic = models.load_scalar(paths[1], tokenizer, weights)
+        actor = models.load_policy(paths[0], tokenizer, dtype)
+        critic = models.load_scalar(paths[1], tokenizer, dtype)
         actor, critic = (
             engine.train_engine(model, args, name, micro, 10)
             for model, name in ((actor, "actor_"), (critic, "critic_"))
@@ -102,15 +101,15 @@ def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
         module = MODULES[kind]
         args = parsed(module, lr=1e-3, zero_stage=stage, lora_dim=lora_dim, **common)
         if kind == "rm":
-            model = models.load_scalar(paths[1], tokenizer, weights)
+            model = models.load_scalar(paths[1], tokenizer, dtype)
         else:
-            model = models.load_policy(paths[0], tokenizer, weights)
+            model = models.load_policy(paths[0], tokenizer, dtype)
         responses = ("chosen",) if kind == "sft" else ("chosen", "rejected")
         engines = [engine.train_engine(model, args, "", micro, 10)]
         rows = mine(tokenizer, micro, responses)
         run = partial(module.train_step, engines[0], rows)
         if kind == "dpo":
-            load = partial(other_policy, paths[0], tokenizer, weights)
+            load = partial(other_policy, paths[0], tokenizer, dtype)
             reference = engine.reference(engines[0], load, args, "")
             run = partial(module.train_step, engines[0], reference, rows, args)
     before = full(engines[0])

@@ -30,7 +30,7 @@ def measured(path, args):
     """The growth of this process at its peak, over two steps."""
     gc.collect()
     before = megabytes("VmRSS")
-    model = models.load_policy(path, TOKENIZER, engine.pick_dtype(args.dtype)).eval()
+    model = models.load_policy(path, TOKENIZER, args.dtype).eval()
     trained = engine.train_engine(model, args, "", ROWS, 10)
     mask, prompt = torch.ones(ROWS, RESPONSE) > 0, torch.ones(ROWS, PROMPT) > 0
     batch = {"prompt_ids": prompt.long(), "prompt_mask": prompt}

@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
 import train_ppo
 import train_sft
-from rlhf import models
+from rlhf import engine, models
 from tests.conftest import ROOT, make_model, metrics, run_script, to_flags, weights
 
 COUNTED = {"loss", "grad_norm", "accuracy", "margin", "policy_loss", "value_loss", "ratio_mean"}
@@ -195,8 +196,38 @@ def test_a_reference_and_reward_model_may_be_sharded_or_on_the_cpu(ppo, call, wo
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-8), name
 
 
+def test_fp32_products_stay_exact():
+    """As engine.prepare() leaves them: bf16's would be off by 1e-2."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        engine.prepare("error")
+        a, b = torch.randn(512, 768), torch.randn(768, 512)
+        assert ((a @ b) - (a.double() @ b.double())).abs().max() < 1e-3
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_products_that_would_round_to_bf16_are_not_taken(monkeypatch):
+    """As on a CPU with AMX: "medium" computes in bf16 there."""
+    before, plain = torch.get_float32_matmul_precision(), torch.Tensor.__matmul__
+
+    def amx(a, b):
+        if torch.get_float32_matmul_precision() == "medium":
+            return plain(a.bfloat16(), b.bfloat16()).float()
+        return plain(a, b)
+
+    try:
+        monkeypatch.setattr(torch.Tensor, "__matmul__", amx)
+        engine.prepare("error")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_an_fp16_overflow_skips_the_step_and_counts_none(ppo, call, world, tmp_path):
     """A loss scale of 2^32 overflows; the file says what no flag does."""
+    if not get_accelerator().is_fp16_supported():
+        pytest.skip("DeepSpeed has no fp16 on this device")
     (tmp_path / "scale.json").write_text('{"fp16": {"initial_scale_power": 32, "hysteresis": 1}}')
     flags = dict(dtype="fp16", deepspeed_config=tmp_path / "scale.json", max_steps=2, actor_lr=1e-3)
     flags.update(lr_scheduler_type="linear", enable_ema=True, critic_lr=1e-3)

@@ -9,6 +9,7 @@ from transformers import GPTNeoConfig, MambaConfig, MistralConfig, Qwen3NextConf
 from rlhf import batches, generate, models
 from rlhf.args import InputError
 from rlhf.generate import sample
+from rlhf.losses import token_logprobs
 from tests.conftest import FAMILIES
 
 
@@ -26,6 +27,43 @@ def policy(model_folder):
 
 def prompts(tokenizer, *rows):
     return batches.collate(tokenizer, [{"prompt": row} for row in rows], responses=())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_reordered_weights_are_the_same_map_and_leave_nothing_behind(model_folder, family, dtype):
+    folder = model_folder(family)
+    model = models.load_policy(folder, models.load_tokenizer(folder), dtype).eval()
+    linears = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.no_grad(), pytest.raises(ZeroDivisionError):
+            plain = [
+                linear(torch.ones(2, 3, linear.in_features).to(model.dtype)) for linear in linears
+            ]
+            with generate.reordered(model):
+                assert torch.get_float32_matmul_precision() == "highest"
+                for linear, expected in zip(linears, plain):
+                    assert "forward" in vars(linear)
+                    for rows in (1, 2):
+                        x = torch.ones(rows, 3, linear.in_features).to(model.dtype)
+                        atol = 1e-5 if dtype == "fp32" else 1e-2
+                        assert torch.allclose(linear(x), expected[:rows], rtol=atol, atol=atol)
+                1 / 0
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert not any("forward" in vars(linear) for linear in linears)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_without_onednn_the_weights_are_read_as_they_are(policy, monkeypatch):
+    model, tokenizer = policy()
+    prompt, drawn = prompts(tokenizer, [3, 4], [5]), []
+    for ops in (torch.ops.mkldnn, object()):
+        monkeypatch.setattr(torch.ops, "mkldnn", ops)
+        torch.manual_seed(0)
+        drawn.append(sample(model, prompt, 8))
+    assert torch.equal(drawn[0]["response_ids"], drawn[1]["response_ids"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,12 +125,12 @@ def check_agreement(model, eos, batch, tokens, monkeypatch):
     torch.manual_seed(0)
     batch = sample(model, batch, tokens)
     lengths = batch["mask"].sum(1)
-    logits = []
-    monkeypatch.setattr(models, "token_logprobs", lambda x, *_: logits.append(x.clone()) or x)
+    more = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor(eos), 2)
+    monkeypatch.setattr(
+        models, "token_logprobs", lambda x, ids, t: token_logprobs(x + more, ids, t)
+    )
     with torch.no_grad():
-        models.policy_logprobs(model, batch)
-    logits[0][..., eos] += 2
-    expected = logits[0].log_softmax(2).gather(2, batch["response_ids"][..., None])[..., 0]
+        expected = models.policy_logprobs(model, batch)
     assert len(seen) == batch["mask"].shape[1] == lengths.max()
     for t, (logp, token) in enumerate(seen):
         alive = lengths > t  # the rows that are still in the batch, in their order

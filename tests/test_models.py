@@ -2,6 +2,8 @@
 
 import os
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -108,16 +110,27 @@ def test_padding_and_company_change_no_number(model_folder, family):
                 assert torch.allclose(inside, alone, atol=1e-5), (function.__name__, inside, alone)
 
 
-def test_a_scalar_model_computes_no_padding_that_all_rows_have(model_folder):
-    """Prompts of up to 6, responses of up to 5 (their ends included): no row is longer than 8."""
+def test_padding_that_all_rows_have_is_not_computed(model_folder):
+    """Prompts of up to 6, responses of up to 5 (their ends included): no row is longer than 8; the
+    last row is shorter than the widest response."""
     model, tokenizer = scalar(model_folder())
-    widths = []
-    model.classifier.base_model.register_forward_pre_hook(
-        lambda _, args: widths.append(args[0].shape[1])
+    policy = models.load_policy(model_folder(), tokenizer).eval()
+    widths, seen = (
+        [],
+        lambda _, args, inputs: widths.append((*args, inputs.get("input_ids"))[0].shape),
     )
-    batch = batches.collate(tokenizer, ROWS)
-    assert models.state_values(model, batch).shape == batch["mask"].shape == (3, 5)
-    assert batch["prompt_mask"].shape == (3, 6) and widths == [8]
+    batch = batches.collate(tokenizer, ROWS + [{"prompt": [3], "chosen": [4, 2]}])
+    last = {name: x[-1:] for name, x in batch.items()}
+    for net, read in (
+        (model.classifier.base_model, partial(models.state_values, model)),
+        (policy, partial(models.policy_logprobs, policy)),
+    ):
+        net.register_forward_pre_hook(seen, with_kwargs=True)
+        whole, alone = read(batch), read(last)
+        assert batch["prompt_mask"].shape == (4, 6) and whole.shape == batch["mask"].shape == (4, 5)
+        assert alone.shape == (1, 5)
+        assert torch.allclose(whole[-1:][last["mask"]], alone[last["mask"]], atol=1e-5)
+    assert widths == [(4, 8), (1, 3)] * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,12 +221,12 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
         models.check_same_vocabulary, good, tokenizer, strange
     )
     models.check_same_vocabulary(good, tokenizer, good)
-    assert "64-token context" in message(models.load_policy, good, tokenizer, torch.float32, 65)
+    assert "64-token context" in message(models.load_policy, good, tokenizer, "fp32", 65)
     models.load_policy(good, tokenizer, length=64)
 
 
 def test_heads_compute_in_fp32_under_bf16_weights(model_folder):
-    model, tokenizer = scalar(model_folder(), dtype=torch.bfloat16)
+    model, tokenizer = scalar(model_folder(), dtype="bf16")
     assert model.classifier.score.weight.dtype == torch.bfloat16
     values = models.state_values(model, batches.collate(tokenizer, ROWS))
     assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())

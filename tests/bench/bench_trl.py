@@ -61,11 +61,11 @@ def ours(method, args, folder):
     engine.init(flags)
     tokenizer = models.load_tokenizer(path, flags)
     load = models.load_scalar if method == "rm" else models.load_policy
-    model = load(path, tokenizer, engine.pick_dtype(args.dtype))
+    model = load(path, tokenizer, args.dtype)
     trained = engine.train_engine(model, flags, "", args.batch, 1000)
     more = ()
     if method == "dpo":
-        again = lambda: load(path, tokenizer, engine.pick_dtype(args.dtype))
+        again = lambda: load(path, tokenizer, args.dtype)
         more = (engine.reference(trained, again, flags, ""), flags)
     if method != "sft":
         trained.eval()

@@ -89,7 +89,7 @@ class Live(TorchDispatchMode):
 
 def build(wanted, args):
     """-> the model, without contents; its ZeRO stage; is it offloaded?"""
-    dtype = engine.pick_dtype(args.dtype)
+    dtype = models.pick_dtype(args.dtype)
     if wanted.path == "toy":
         config = toy.model_config(toy.tokenizer())
     else:
@@ -127,7 +127,12 @@ def computed(model, wanted, response, bucket):
 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     hooks = [weight.register_post_accumulate_grad_hook(reduce) for weight in trained]
-    with torch.set_grad_enabled(bool(trained)), Live(model.parameters()) as live:
+    ids, seen = (
+        torch.cat([batch[f"prompt_{n}"], batch[m]], 1).long()
+        for n, m in (("ids", "response_ids"), ("mask", "mask"))
+    )
+    unpadded = mock.patch.object(models, "_close", lambda _: (ids, seen, lambda x: x))
+    with unpadded, torch.set_grad_enabled(bool(trained)), Live(model.parameters()) as live:
         read = models.state_values if wanted.scalar else models.policy_logprobs
         out = read(model, batch).sum()
         if trained:
@@ -146,7 +151,7 @@ def estimate(wanted, args, ranks):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         peak = computed(model, wanted, wanted.response, BUCKET if stage >= 2 else float("inf"))
         kept, small = (computed(model, wanted, n, 0) for n in (wanted.response, 1))
-    size = engine.pick_dtype(args.dtype).itemsize
+    size = models.pick_dtype(args.dtype).itemsize
     shard = ranks if stage else 1
     found = {
         "parameters": count,
@@ -270,7 +275,7 @@ def table():
 
 
 if __name__ == "__main__":
-    engine.quieten("error")
+    engine.prepare("error")
     if sys.argv[1:] == ["--table"]:
         table()
     else:
