@@ -3,8 +3,7 @@
     python train_sft.py && python train_dpo.py                # the embedded world, one process
     deepspeed --num_gpus 8 train_dpo.py --data_path Dahoas/rm-static --zero_stage 2
 
-The loss is step 2's, Bradley-Terry, on the reward that the policy itself implies,
-beta * log(pi / pi_ref); the reference pi_ref is the policy as it was."""
+The loss is step 2's, on the reward that the policy implies: beta * log(pi / what it was)."""
 from functools import partial
 import torch
 from datasets import Dataset, load_from_disk
@@ -110,5 +109,4 @@ def main():
         saved.keep(step)
     engine.save(policy, tokenizer, args.output_dir)
 
-if __name__ == "__main__":
-    flags.run(main)
+if __name__ == "__main__": flags.run(main)

@@ -240,5 +240,4 @@ def main():
         ema.load()
         engine.save(actor, tokenizer, f"{args.output_dir}/actor_ema")
 
-if __name__ == "__main__":
-    flags.run(main)
+if __name__ == "__main__": flags.run(main)

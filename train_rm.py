@@ -50,5 +50,4 @@ def main():
         saved.keep(step)
     engine.save(model, tokenizer, args.output_dir)
 
-if __name__ == "__main__":
-    flags.run(main)
+if __name__ == "__main__": flags.run(main)

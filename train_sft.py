@@ -58,5 +58,4 @@ def main():
         saved.keep(step)
     engine.save(policy, tokenizer, args.output_dir)
 
-if __name__ == "__main__":
-    flags.run(main)
+if __name__ == "__main__": flags.run(main)

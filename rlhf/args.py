@@ -151,6 +151,7 @@ def add_training(parser, learning_rate=None, warmup=0):
     add("--log_interval", type=positive_int, default=10, help="steps a line [ours: readable]")
     add("--enable_tensorboard", action="store_true", help="through DeepSpeed's monitor [DSC]")
     add("--tensorboard_path", default=None, help="OUTPUT_DIR/tensorboard unless given [DSC]")
+    add("--profile", action="store_true", help="say where a step's time goes [ours: off]")
     add("--strict_advice", action="store_true", help="unusual flags are errors [ours: a line each]")
     add("--local_rank", type=int, default=-1, help="set by the launcher [DSC]")
     add("--deepspeed", action="store_true", help="accepted: DeepSpeed is always on [DSC]")

@@ -8,8 +8,7 @@ from rlhf import cache, engine, files, render
 from rlhf.args import InputError
 
 def plan(args, units, kind="train", accumulation=None):
-    """-> (rows of a micro-batch, micro-batches of a step), optimizer steps of an epoch, of the run.
-    InputError when the units do not fill a single step."""
+    """-> (micro-batch rows, micro-batches a step), steps of an epoch, of the run; or InputError."""
     flag = f"per_device_{kind}_batch_size"
     cut = (getattr(args, flag), accumulation or args.gradient_accumulation_steps)
     span = cut[0] * cut[1] * engine.world_size()
@@ -80,9 +79,8 @@ class Packs:
     __getitem__ = lambda self, index: [self.rows[i] for i in self.packs[index]]
 
 def collate_packs(tokenizer, packs):
-    """Lists of rows -> a batch whose every row is one list, end to end, its prompt the first token.
-    Position ids restart with each sequence, which keeps attention inside it (policy_logprobs);
-    `mask` covers the responses, prompt_mask (B, T) all else."""
+    """Lists of rows -> a batch; its row is a list, end to end, whose prompt is the first token.
+    Position ids restart with each sequence; mask covers responses, prompt_mask (B, T) all else."""
     ids, seen = pad([[i for row in rows for i in row["prompt"] + row["chosen"]] for rows in packs],
                     tokenizer.pad_token_id)                                             # (B, T)
     trained, positions = torch.zeros_like(seen), torch.zeros_like(ids)

@@ -1,5 +1,4 @@
 """Checkpoints: a run that was killed and resumed leaves what an uninterrupted one does, to the bit.
-
 OUTPUT_DIR/checkpoints/step<N> is whole or not there: it is renamed when all is on the disk; then
 `latest` names it.  Resume only what you trust: DeepSpeed unpickles its shards."""
 import os, random, shlex, shutil, signal, sys, time
@@ -13,7 +12,7 @@ from rlhf.log import say, write_text
 # Flags that may differ from those that a checkpoint was made with: they do not change a number.
 FREE = """output_dir resume save_interval save_total_limit log_interval log_level local_rank kl_stop
     deepspeed data_output_path preprocessing_num_workers enable_tensorboard tensorboard_path
-    print_answers_interval strict_advice""".split()
+    print_answers_interval strict_advice profile""".split()
 
 class Checkpoints:
     """--resume, --save_interval, --save_total_limit; `step` is the last one that was done."""

@@ -193,5 +193,4 @@ def inspect_data():
         print("\n" + tokenizer.decode(row["prompt"]), *(
             f"[{n}, trained] >>>{tokenizer.decode(row[n])}<<<" for n in names[1:]), sep="\n")
 
-if __name__ == "__main__":
-    flags.run(inspect_data)
+if __name__ == "__main__": flags.run(inspect_data)

@@ -1,6 +1,6 @@
 """DeepSpeed's engines, one global mean an optimizer step, and collectives that work just as well in
 a process that no launcher started.  The only module that imports deepspeed."""
-import atexit, contextlib, datetime, io, json, logging, os, sys, warnings
+import atexit, contextlib, datetime, io, json, logging, os, sys, time, warnings
 from collections import defaultdict
 from functools import partial
 # Large tensors on huge pages: the system hands over, and clears, 512 times fewer of them.
@@ -39,6 +39,7 @@ def init(args):
     ranks = min(int(os.environ[name]) for name in names)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=4))  # to tokenise
+    deepspeed.comm.configure(enabled=args.profile, prof_all=args.profile)
     # Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go.
     atexit.register(lambda: dist.is_initialized() and not hasattr(sys, "last_value")
                     and dist.destroy_process_group())
@@ -57,6 +58,20 @@ def prepare(level):
         datasets.disable_progress_bars(), transformers.utils.logging.disable_progress_bar()
     for name in ("DeepSpeed", "torch.distributed", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(level.upper())
+
+def communicated():
+    """The seconds, waiting included, of DeepSpeed's collectives since the last call (--profile)."""
+    logged = deepspeed.comm.comm.comms_logger.comms_dict
+    seconds = sum(sum(times) for sizes in logged.values() for _, times, *_ in sizes.values()) / 1000
+    return logged.clear() or seconds
+
+def products_rate(dtype):
+    """TFLOP/s of products of matrices of 2048 x 2048 on this rank: what a step could reach."""
+    square = torch.ones(2048, 2048, dtype=models.pick_dtype(dtype), device=device())
+    for _ in range(2):                                                     # the first warms up
+        start = time.perf_counter()
+        [square @ square for _ in range(8)][-1].sum().item()
+    return 8 * 2 * 2048 ** 3 / (time.perf_counter() - start) / 1e12
 
 def train_engine(model, args, name, micro_batch, total_steps):
     """A DeepSpeed engine with adapters, AdamW (no decay for biases and norms) and a Transformers

@@ -147,5 +147,4 @@ def main():
     write_text(f"{args.output_dir}/evaluation.md", page)
     print(page, end="")
 
-if __name__ == "__main__":
-    flags.run(main)
+if __name__ == "__main__": flags.run(main)

@@ -1,6 +1,5 @@
 """Sampling from the policy, one forward a token, and what makes that fast."""
 import contextlib, inspect
-from functools import partial
 import torch
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -58,8 +57,8 @@ def reordered(model):
     torch.set_float32_matmul_precision("highest")              # else reordered at each use
     try:
         for m in linears:
-            m.forward = partial(ops._linear_pointwise, W=ops._reorder_linear_weight(m.weight),
-                                B=m.bias, attr="none", scalars=[], algorithm="")
+            m.forward = lambda x, W=ops._reorder_linear_weight(m.weight), b=m.bias: \
+                ops._linear_pointwise(x, W, b, "none", [], "")
         yield
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -14,7 +14,6 @@ class Log:
     """A run's args.json, metrics.jsonl, samples.jsonl and bar; `shown`: the line's metrics."""
     def __init__(self, args, total_steps, shown, train_engine, done=0):
         self.shown, self.interval, self.engine = shown, args.log_interval, train_engine
-        self.clock = time.perf_counter()
         if engine.rank() != 0:
             self.step = self.evaluation = self.samples = lambda *_: None
             return
@@ -23,17 +22,24 @@ class Log:
                       for name in ("metrics", "samples")}
         if ramp := args.lr_range_test:              # at its end, or when a guard ends it
             atexit.register(suggest_rate, f"{args.output_dir}/metrics.jsonl", max(2, ramp // 5))
+        self.limit = args.profile and engine.products_rate(args.dtype)
         self.bar = tqdm(total=total_steps, initial=done, dynamic_ncols=True, disable=None)
+        self.clock, _ = time.perf_counter(), engine.communicated()
     def step(self, step, metrics):
         """Record a step.  Its tokens_total and flops_total become tokens_per_second and tflops."""
         metrics["seconds"] = seconds = time.perf_counter() - self.clock
         metrics["tokens_per_second"] = metrics.pop("tokens_total") / seconds
         metrics["tflops"] = metrics.pop("flops_total") / seconds / engine.world_size() / 1e12
         metrics["skipped_steps"] = self.engine.skipped_steps           # fp16 gradients overflowed
+        metrics.update({"seconds_communication": engine.communicated()} if self.limit else {})
         self._record(step, metrics, "train/")
         self.bar.update(1)
         if step % self.interval == 0 or step == self.bar.total:
             self._say(step, {name: metrics[name] for name in self.shown})
+        if self.limit:
+            parts = {n[8:]: v / seconds for n, v in metrics.items() if n.startswith("seconds_")}
+            rates = {n: metrics[n] for n in ("tokens_per_second", "tflops")}
+            self._say(step, {**parts, **rates, "of_products": metrics["tflops"] / self.limit})
     def evaluation(self, step, metrics):
         """Record and print an evaluation on held-out rows."""
         self._record(step, metrics, "")
@@ -54,7 +60,7 @@ class Log:
             print(json.dumps({"step": step, **row}), file=self.files["metrics"])
         if self.engine.monitor.enabled:                   # DeepSpeed's: TensorBoard and others
             self.engine.monitor.write_events([(prefix + n, v, step) for n, v in metrics.items()])
-        self.clock = time.perf_counter()
+        self.clock, _ = time.perf_counter(), engine.communicated()
     def _say(self, step, metrics):
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         say(f"step {step}/{self.bar.total}  {values}")

@@ -1,5 +1,4 @@
 """LoRA: linear maps W stay as they are and get a trained one of low rank beside them.
-
 Hu et al. 2021 (arXiv:2106.09685) eq. 3: h = W x + (alpha / r) B A x.  B starts as zero, so that the
 model starts as it was; with its adapters off it is the reference of PPO and DPO."""
 import json

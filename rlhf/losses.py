@@ -1,5 +1,4 @@
 """The mathematics of RLHF: pure functions, tensors in, scalars and detached metrics out.
-
 Shapes: B batch, R response (right-padded), V vocabulary.  Index t is the action that emits response
 token t: `logp[t] = log pi(y_t | x, y_<t)`, `values[t] = V(x, y_<t)`.  `mask` is (B, R) bool, True
 on a response's actions, its end token included.  What stands under a False mask, NaN too, reaches

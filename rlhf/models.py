@@ -1,5 +1,4 @@
 """Tokenizer, policy and scalar model (reward model, critic), loaded and saved in the HF layout.
-
 A batch is a dict: `prompt_ids`, `prompt_mask` (B, P), left-padded; `response_ids`, `mask` (B, R),
 right-padded.  Masks come from lengths and are carried along: any token may be the padding."""
 import inspect, os, shutil, tempfile

@@ -109,11 +109,10 @@ def ids_of(tokenizer, texts):
     return [ids[:end] for ids in tokenizer(texts)["input_ids"]]
 
 def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=False):
-    """Columns of texts -> columns of ids, with their length and whether something was cut off.
-    A response is tokenised behind its prompt, lest a space be invented between them, and ends with
-    eos, also when cut.  Of a long row the prompt keeps its end (and bos), half of the tokens (at
-    most max_prompt) if need be, responses lose theirs; alone, a longer prompt is left out.  With
-    train_on_prompt only a row's first token is its prompt."""
+    """Columns of texts -> columns of ids, their length, was something cut off.  A response is
+    tokenised behind its prompt, lest a space be invented, and ends with eos, also when cut.  Of a
+    long row the prompt keeps its end (and bos), half of the tokens (at most max_prompt) if need be,
+    responses lose theirs; alone, it is left out.  train_on_prompt: one token is the prompt."""
     eos, rows = tokenizer.eos_token_id, {name: [] for name in (*texts, "length", "cut")}
     def responses(column):
         both = [prompt + text for prompt, text in zip(texts["prompt"], column)]

@@ -1,5 +1,4 @@
 """The embedded world: dialogues from a small grammar whose true reward is known, without network.
-
 A prompt asks a fact about one of 16 animals or help with a task, which perhaps should be refused.
 A response has a tone, a statement, and maybe rambling.  Demonstrations are a mixed bag; preferences
 are drawn from the true reward with Bradley-Terry noise, so that the accuracy no reward model can

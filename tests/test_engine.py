@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -305,3 +306,29 @@ def test_one_process_alone_copies_no_gradients(world, start, call, monkeypatch):
     monkeypatch.setattr(DeepSpeedEngine, "allreduce_bucket", counted)
     code, error = call(train_sft, **start, max_steps=2, output_dir=world["out"] / "alone")
     assert code == 0 and not reduced, error
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_ppo"])
+def test_a_profile_says_where_each_step_went(fork, start, ppo, world, script):
+    """On two ranks that share gradients and shards; without the flag nothing is timed or said."""
+    flags = dict(start, max_steps=3, zero_stage=2)
+    if script == "train_ppo":
+        flags = ppo("profile", actor_zero_stage=2, critic_zero_stage=2)
+    said = {}
+    for profile in (True, False):
+        out = world["out"] / f"{script}{profile}"
+        given = {**flags, **({"profile": True} if profile else {}), "output_dir": out}
+        lines = fork(script, given, 2).succeeds().read("out0").splitlines()
+        said[profile] = [line for line in lines if "of_products" in line]
+    assert len(said[True]) == 3 and not said[False]
+    for line, row in zip(said[True], metrics(world["out"] / f"{script}True")):
+        found = {name: float(value) for name, value in re.findall(r"(\w+) ([-+.e\d]+)", line)}
+        assert 0 < found["communication"] < 1 and found["of_products"] > 0
+        assert found["tflops"] == pytest.approx(row["tflops"], rel=1e-3)
+        assert found["tokens_per_second"] == pytest.approx(row["tokens_per_second"], rel=1e-3)
+        if script == "train_ppo":
+            parts = [found[name] for name in ("generate", "score", "train")]
+            assert all(part > 0 for part in parts) and 0.5 < sum(parts) <= 1.001
+            assert found["generate"] == pytest.approx(
+                row["seconds_generate"] / row["seconds"], rel=1e-3
+            )

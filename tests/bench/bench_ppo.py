@@ -30,7 +30,7 @@ def common(doc):
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     add = parser.add_argument
     add("--fixture", required=True)
-    add("--model", default="tiny", choices=SHAPES)
+    add("--model", default="tiny", help="tiny, opt125, or a folder of --fixture")
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--batch", type=int, default=4)
     add("--turns", type=int, default=3)
@@ -82,7 +82,7 @@ def make(folder, vocabulary, width, layers, heads, critic_layers):
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
     )
     shape = dict(vocab_size=vocabulary, hidden_size=width, word_embed_proj_dim=width, dropout=0.0)
-    shape.update(ffn_dim=4 * width, num_attention_heads=heads, max_position_embeddings=1024)
+    shape.update(ffn_dim=4 * width, num_attention_heads=heads, max_position_embeddings=2048)
     shape.update(pad_token_id=0, bos_token_id=1, eos_token_id=1, num_labels=1)
     for name, kind, depth in (
         ("actor", OPTForCausalLM, layers),
