@@ -15,7 +15,7 @@ from rlhf.losses import dpo_loss
 
 def parse():
     parser = flags.Parser(__doc__)
-    add = parser.add_argument_group("DPO; all defaults are the recipe's, not DSC's").add_argument
+    add = parser.add_argument_group("DPO; its recipe sets other groups' defaults too").add_argument
     add("--beta", type=flags.positive, default=0.5, help="price of leaving the reference [recipe]")
     add("--label_smoothing", type=flags.fraction, default=0.0, help="share of wrong labels [DSC]")
     add("--loss_type", choices=("sigmoid", "ipo", "hinge"), default="sigmoid", help="[DPO]")

@@ -60,10 +60,9 @@ def prepare(level):
         logging.getLogger(name).setLevel(level.upper())
 
 def communicated():
-    """The seconds, waiting included, of DeepSpeed's collectives since the last call (--profile)."""
-    logged = deepspeed.comm.comm.comms_logger.comms_dict
-    seconds = sum(sum(times) for sizes in logged.values() for _, times, *_ in sizes.values()) / 1000
-    return logged.clear() or seconds
+    """The seconds of DeepSpeed's collectives on this rank since the last call (--profile)."""
+    deepspeed.comm.comm.comms_logger.comms_dict.clear()             # its times are running totals
+    return sum(timer.elapsed() for timer in deepspeed.comm.comm.timers.timers.values()) / 1000
 
 def products_rate(dtype):
     """TFLOP/s of products of matrices of 2048 x 2048 on this rank: what a step could reach."""

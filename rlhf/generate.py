@@ -52,7 +52,8 @@ def reordered(model):
     """A model on the CPU whose linear maps read copies of their weights in oneDNN's own order.  For
     a token a row, MKL reads plain ones at a fraction of the memory's speed."""
     ops, precision = torch.ops.mkldnn, torch.get_float32_matmul_precision()
-    able = hasattr(ops, "_linear_pointwise") and model.dtype in (torch.float32, torch.bfloat16)
+    able = hasattr(ops, "_linear_pointwise") and (model.dtype == torch.float32 or (
+        model.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()))
     linears = [m for m in model.modules() if able and type(m) is torch.nn.Linear]
     torch.set_float32_matmul_precision("highest")              # else reordered at each use
     try:

@@ -14,15 +14,15 @@ class Log:
     """A run's args.json, metrics.jsonl, samples.jsonl and bar; `shown`: the line's metrics."""
     def __init__(self, args, total_steps, shown, train_engine, done=0):
         self.shown, self.interval, self.engine = shown, args.log_interval, train_engine
+        self.limit = args.profile and engine.products_rate(args.dtype)          # all ranks at once
         if engine.rank() != 0:
-            self.step = self.evaluation = self.samples = lambda *_: None
+            self.step = self.evaluation = self.samples = lambda *_: engine.communicated()
             return
         write_json(f"{args.output_dir}/args.json", vars(args))
         self.files = {name: _reopened(f"{args.output_dir}/{name}.jsonl", done)
                       for name in ("metrics", "samples")}
         if ramp := args.lr_range_test:              # at its end, or when a guard ends it
             atexit.register(suggest_rate, f"{args.output_dir}/metrics.jsonl", max(2, ramp // 5))
-        self.limit = args.profile and engine.products_rate(args.dtype)
         self.bar = tqdm(total=total_steps, initial=done, dynamic_ncols=True, disable=None)
         self.clock, _ = time.perf_counter(), engine.communicated()
     def step(self, step, metrics):

@@ -120,17 +120,19 @@ def test_padding_that_all_rows_have_is_not_computed(model_folder):
         lambda _, args, inputs: widths.append((*args, inputs.get("input_ids"))[0].shape),
     )
     batch = batches.collate(tokenizer, ROWS + [{"prompt": [3], "chosen": [4, 2]}])
-    last = {name: x[-1:] for name, x in batch.items()}
+    last, projected = {name: x[-1:] for name, x in batch.items()}, []
     for net, read in (
         (model.classifier.base_model, partial(models.state_values, model)),
         (policy, partial(models.policy_logprobs, policy)),
     ):
         net.register_forward_pre_hook(seen, with_kwargs=True)
+        net.register_forward_hook(lambda _, __, out: projected.append(out[0].shape[1]))
         whole, alone = read(batch), read(last)
         assert batch["prompt_mask"].shape == (4, 6) and whole.shape == batch["mask"].shape == (4, 5)
         assert alone.shape == (1, 5)
         assert torch.allclose(whole[-1:][last["mask"]], alone[last["mask"]], atol=1e-5)
     assert widths == [(4, 8), (1, 3)] * 2
+    assert projected[2:] == [5, 2]  # of the policy: the responses' logits alone
 
 
 @pytest.mark.parametrize("family", FAMILIES)
