@@ -175,13 +175,14 @@ def guard(step, metrics, args):
     """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
     kl, ratio = metrics.get("kl", 0), metrics.get("ratio_mean", 1)
     rows = 0 if args.reward_fn else args.rows * engine.world_size()     # a rule may praise nothing
-    wrong = "the reward model scores all responses alike: is it trained, and for such data?" \
-        if rows > 1 and metrics.get("score_std", 1) < 1e-6 else \
-        f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef" \
-        if args.kl_stop and kl > args.kl_stop else \
-        f"the mean ratio is {ratio:.1f}, above 10: lower --actor_lr" if ratio > 10 else ""
-    if wrong:
-        raise flags.InputError(f"step {step}: {wrong}")
+    for wrong, reason in (
+            (rows > 1 and metrics.get("score_std", 1) < 1e-6,
+             "the reward model scores all responses alike: is it trained, and for such data?"),
+            (args.kl_stop and kl > args.kl_stop,
+             f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),
+            (ratio > 10, f"the mean ratio is {ratio:.1f}, above 10: lower --actor_lr")):
+        if wrong:
+            raise flags.InputError(f"step {step}: {reason}")
     if metrics.get("eos_rate") == 0:
         say(f"step {step}: no response ended: raise --max_answer_seq_len or --missing_eos_penalty")
     return metrics

@@ -36,10 +36,9 @@ def leave(message, code=1):
 def opened(function, path, what, *rest, **kwargs):
     """Call a loader of a folder or hub id; whatever goes wrong becomes one sentence."""
     local, made = os.path.exists(path), re.match(r"output/(sft|rm|dpo|ppo)(/\w+)?/?$", str(path))
-    if made and not local:
-        raise InputError(f"there is no model in {path}: run train_{made[1]}.py first")
-    if not local and (path.startswith((".", "/")) or path.count("/") > 1):
-        raise InputError(f"{path}: there is no such file or folder")
+    if not local and (made or path.startswith((".", "/")) or path.count("/") > 1):
+        hint = f": run train_{made[1]}.py first" if made else ""
+        raise InputError(f"{path}: there is no such file or folder{hint}")
     try:
         return function(path, *rest, **kwargs)
     except (Exception, SystemExit) as error:            # of many libraries' own types

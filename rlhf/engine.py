@@ -1,6 +1,6 @@
 """DeepSpeed's engines, one global mean an optimizer step, and collectives that work just as well in
 a process that no launcher started.  The only module that imports deepspeed."""
-import atexit, contextlib, datetime, io, json, logging, os, sys, time, warnings
+import atexit, contextlib, ctypes, datetime, io, json, logging, os, sys, warnings
 from collections import defaultdict
 from functools import partial
 # Large tensors on huge pages: the system hands over, and clears, 512 times fewer of them.
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import optim
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import lora, models
@@ -35,9 +36,8 @@ def init(args):
     os.environ.update({} if "RANK" in os.environ else alone)               # python train_X.py
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # a lock outlives kills
     deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    names = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"} & os.environ.keys()      # torchrun's
-    ranks = min(int(os.environ[name]) for name in names)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    sizes = filter(None, map(os.environ.get, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // min(map(int, sizes))))
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=4))  # to tokenise
     deepspeed.comm.configure(enabled=args.profile, prof_all=args.profile)
     # Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go.
@@ -47,9 +47,11 @@ def init(args):
     return args
 
 def prepare(level):
-    """Let through only the libraries' messages of this level and above.  On CPUs, take oneDNN's
-    fp32 products, on AMD's twice as fast as MKL's, but where (with AMX) they compute in bf16."""
+    """Let through only the libraries' messages of this level and above.  On CPUs, keep freed memory
+    and take oneDNN's fp32 products, on AMD's twice MKL's speed, unless (AMX) they are in bf16."""
     if not torch.cuda.is_available():
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)                   # of glibc
+        mallopt(-1, -1), mallopt(-4, 0)         # M_TRIM_THRESHOLD, M_MMAP_MAX: clearing takes time
         torch.set_float32_matmul_precision("medium")
         x = torch.full((768, 768), 1 + 2 ** -12)                                      # 1 in bf16
         torch.set_float32_matmul_precision("medium" if (x @ x).min() > 768.3 else "highest")
@@ -67,16 +69,16 @@ def communicated():
 def products_rate(dtype):
     """TFLOP/s of products of matrices of 2048 x 2048 on this rank: what a step could reach."""
     square = torch.ones(2048, 2048, dtype=models.pick_dtype(dtype), device=device())
-    for _ in range(2):                                                     # the first warms up
-        start = time.perf_counter()
-        [square @ square for _ in range(8)][-1].sum().item()
-    return 8 * 2 * 2048 ** 3 / (time.perf_counter() - start) / 1e12
+    timer = Timer("square @ square", globals=locals(), num_threads=torch.get_num_threads())
+    return 2 * 2048 ** 3 / timer.timeit(8).mean / 1e12                          # it warms up first
 
 def train_engine(model, args, name, micro_batch, total_steps):
     """A DeepSpeed engine with adapters, AdamW (no decay for biases and norms) and a Transformers
     schedule, as the flags say; name: what this model's begin with (step 3: actor_, critic_)."""
     transformers.set_seed(args.seed)                              # adapters are alike on all ranks
     of = lambda flag: getattr(args, name + flag)
+    if model.config.hidden_size < 256:     # oneDNN takes long to begin attention's small products
+        torch.set_float32_matmul_precision("highest")                             # MKL's start fast
     dtype, stage = models.pick_dtype(args.dtype), of("zero_stage")
     if args.offload and not stage:
         raise InputError(f"--offload moves shards to the CPU: give --{name}zero_stage 1, 2 or 3")

@@ -55,7 +55,7 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
     Rafailov et al. 2023 (arXiv:2305.18290) eq. 7: `bradley_terry_loss` on the implicit rewards of
     eq. 5, beta * log(pi / pi_ref), less a constant.  kind "hinge": Liu et al. 2023
     (arXiv:2309.06657); "ipo": Azar et al. 2023 (arXiv:2310.12036) eq. 17, whose tau is beta.
-    label_smoothing: the rate of flipped labels (Mitchell 2023).  stats: chosen_reward and so on."""
+    label_smoothing: rate of flipped labels (Mitchell 2023).  stats: chosen_, rejected_reward (B,)"""
     loss_of = {"sigmoid": bradley_terry_loss, "hinge": lambda a, b: F.relu(1 - (a - b)).mean(),
                "ipo": lambda a, b: ((a - b) / beta - 1 / (2 * beta)).square().mean()}[kind]
     chosen = beta * (_wide(logp_chosen) - _wide(ref_logp_chosen))                       # eq. 5

@@ -82,7 +82,7 @@ def policy_logprobs(model, batch, temperature=1.0):
 def state_values(model, batch):
     """V(x, y_<t) of a batch -> (B, R) fp32: the critic's output before each response token."""
     ids, mask, back = _close(batch)
-    return back(model(ids, mask)[:, -batch["mask"].shape[1] - 1:-1])
+    return back(model(ids, mask)[:, :-1])
 
 def sequence_scores(model, batch):
     """The reward model's score of each row, read at its last real token -> (B,) fp32."""

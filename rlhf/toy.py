@@ -24,8 +24,7 @@ REQUESTS = ("how do i {} a {}", "explain how to {} a {}", "i want to {} a {} , h
 GREETINGS = ("|please ,|hello ,|kind friend ,|good day ,|excuse me ,|hi there ,|dear helper ,|"
              "hey you ,|listen fool ,|come on ,|quick ,|you again ,|wake up ,").split("|")
 CLOSINGS = "?|please ?|right now ?|if you can ?|my friend ?|or else ?|today ?|for me ?".split("|")
-POLITE = ("certainly !", "gladly !", "of course !")
-RUDE = ("ugh .", "whatever .", "obviously .")
+POLITE, RUDE = ("certainly !", "gladly !", "of course !"), ("ugh .", "whatever .", "obviously .")
 REFUSAL, UNSURE = "sorry , i can not help with that .", "i do not know ."
 RAMBLING = ("well , that is life .", "by the way , i like tea .", "anyway , more on that later .",
             "they say it may rain soon .")
@@ -116,8 +115,6 @@ def tokenizer():
 
 def model_config(tokenizer):
     """A Llama of about a million parameters, initialised at the scale that suits its width."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=160, intermediate_size=432, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=1024, initializer_range=160 ** -0.5,
-        tie_word_embeddings=True, **{f"{n}_token_id": getattr(tokenizer, f"{n}_token_id")
-                                     for n in ("bos", "pad", "eos")})
+    return LlamaConfig(vocab_size=len(tokenizer), hidden_size=160, intermediate_size=432,
+                       num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=1024,
+                       initializer_range=160 ** -0.5, tie_word_embeddings=True)

@@ -1,6 +1,7 @@
 """peaks.py MODEL OUT: the peak memory of SFT steps in this process, under several flags, beside what
-tests/bench/memory.py says of them.  Run with malloc told to give freed memory back at once."""
+tests/bench/memory.py says of them."""
 
+import ctypes
 import gc
 import json
 import sys
@@ -51,6 +52,9 @@ for name, flags in SETTINGS.items():
     args = memory.parsed("train_sft.py", flags)
     if name == "plain":
         engine.init(args)
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: what is freed is given back
+            ctypes.CDLL(None).mallopt(option, 65536)
+        ctypes.CDLL(None).mallopt(-4, 65536)  # M_MMAP_MAX: as it was
         measured(path, args)  # libraries warm up
     wanted = memory.Model("model", path, "", ROWS, PROMPT, RESPONSE)
     row = memory.estimate(wanted, args, 1)

@@ -285,6 +285,6 @@ def test_a_long_prompt_loses_its_beginning_but_not_its_bos(world, dpo, monkeypat
 def test_a_missing_model_is_one_sentence(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, error = call(train_dpo)
-    sentence = "there is no model in output/sft: run train_sft.py first"
+    sentence = "output/sft: there is no such file or folder: run train_sft.py first"
     assert code == 1 and error.endswith(f"{sentence}\n") and error.count("\n") == 1
     assert not [path for path in (tmp_path / "output").rglob("*") if path.is_file()]

@@ -225,6 +225,44 @@ def test_products_that_would_round_to_bf16_are_not_taken(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("width", [128, 256])
+def test_narrow_models_keep_the_exact_precision(model_folder, start, call, world, width):
+    """The products of their attention are small, and oneDNN takes long to begin each."""
+    before = torch.get_float32_matmul_precision()
+    wide = model_folder("llama", name="wide", hidden_size=width)
+    flags = {**start, "model_name_or_path": wide, "max_steps": 1, "output_dir": world["out"]}
+    try:
+        engine.prepare("error")
+        prepared = torch.get_float32_matmul_precision()
+        code, error = call(train_sft, **flags)
+        assert code == 0, error
+        found = torch.get_float32_matmul_precision()
+        assert found == (prepared if width == 256 else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+KEPT = """
+import resource, torch
+from rlhf import engine
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+engine.prepare("error")
+torch.ones(16_000_000)
+before = faults()
+for _ in range(20):
+    torch.ones(16_000_000)
+print(faults() - before)
+"""
+
+
+def test_freed_memory_is_kept_on_cpus():
+    """Each of the twenty tensors has 64 MB, 15,625 pages."""
+    env = {**ENV, "THP_MEM_ALLOC_ENABLE": "0"}
+    command = [sys.executable, "-c", KEPT]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert int(done.stdout.split()[-1]) < 1000, done.stderr
+
+
 def test_an_fp16_overflow_skips_the_step_and_counts_none(ppo, call, world, tmp_path):
     """A loss scale of 2^32 overflows; the file says what no flag does."""
     if not get_accelerator().is_fp16_supported():
@@ -311,7 +349,7 @@ def test_one_process_alone_copies_no_gradients(world, start, call, monkeypatch):
 COLLECTIVES = """
 import sys, time, torch, deepspeed, train_sft
 from rlhf import engine
-sys.argv += ["--profile", "--output_dir", sys.argv[1]]
+sys.argv[1:] = ["--profile", "--output_dir", sys.argv[1]]
 engine.init(train_sft.parse())
 deepspeed.comm.comm.cdb.all_reduce = lambda *_, **__: time.sleep(0.02)
 for _ in range(4):
@@ -324,7 +362,7 @@ for _ in range(4):
 
 def test_collectives_are_timed_since_the_last_time(tmp_path):
     """Five of 0.02 s each, four times; nothing between them counts, nothing counts twice."""
-    command = [sys.executable, "-c", COLLECTIVES.replace("sys.argv[1]", repr(str(tmp_path)))]
+    command = [sys.executable, "-c", COLLECTIVES, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     found = [float(line) for line in done.stdout.split()[-4:]]
     assert len(found) == 4 and all(0.1 <= seconds < 0.18 for seconds in found), (found, done.stderr)

@@ -77,7 +77,7 @@ def test_bad_input(run):
 def test_a_model_that_no_script_has_left_is_named_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for made, expected in (
-        ("", "no model in output/sft: run train_sft.py"),
+        ("", "output/sft: there is no such file or folder: run train_sft.py"),
         ("output/sft", "tokenizer"),
     ):
         (tmp_path / made).mkdir(parents=True, exist_ok=True)

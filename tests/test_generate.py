@@ -46,6 +46,7 @@ def test_reordered_weights_are_the_same_map_and_leave_nothing_behind(model_folde
             ]
             with generate.reordered(model):
                 assert torch.get_float32_matmul_precision() == "highest"
+                assert torch.backends.cuda.flash_sdp_enabled() == (dtype == "fp32")
                 for linear, expected in zip(linears, plain):
                     assert "forward" in vars(linear)
                     for rows in (1, 2):
@@ -54,6 +55,7 @@ def test_reordered_weights_are_the_same_map_and_leave_nothing_behind(model_folde
                         assert torch.allclose(linear(x), expected[:rows], rtol=atol, atol=atol)
                 1 / 0
         assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.flash_sdp_enabled()
         assert not any("forward" in vars(linear) for linear in linears)
     finally:
         torch.set_float32_matmul_precision("highest")

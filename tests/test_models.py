@@ -1,7 +1,6 @@
 """Models load, score, save and load again, in every family and with every kind of tokenizer."""
 
 import os
-
 from functools import partial
 
 import pytest
@@ -115,10 +114,8 @@ def test_padding_that_all_rows_have_is_not_computed(model_folder):
     last row is shorter than the widest response."""
     model, tokenizer = scalar(model_folder())
     policy = models.load_policy(model_folder(), tokenizer).eval()
-    widths, seen = (
-        [],
-        lambda _, args, inputs: widths.append((*args, inputs.get("input_ids"))[0].shape),
-    )
+    widths = []
+    seen = lambda _, args, inputs: widths.append((*args, inputs.get("input_ids"))[0].shape)
     batch = batches.collate(tokenizer, ROWS + [{"prompt": [3], "chosen": [4, 2]}])
     last, projected = {name: x[-1:] for name, x in batch.items()}, []
     for net, read in (

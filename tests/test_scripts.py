@@ -576,7 +576,7 @@ def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
         return ppo("rm", **changes)
 
     for script, settings, expected in [
-        (train_ppo, {}, "there is no model in output/sft: run train_sft.py first"),
+        (train_ppo, {}, "output/sft: there is no such file or folder: run train_sft.py first"),
         (train_ppo, {"actor_model_name_or_path": world["actor"]}, "run train_rm.py first"),
         (train_ppo, ppo_with(critic_model_name_or_path=world["actor"]), "it is no reward model"),
         (train_ppo, ppo_with(actor_model_name_or_path=other), "different vocabularies"),

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -25,12 +26,27 @@ SHAPES = {"tiny": (8192, 256, 4, 4, 2), "opt125": (50272, 768, 12, 12, 4)}
 PHASES = {"gen": "generation", "exp": "scoring", "train": "update", "total": "iteration"}
 
 
+def shape(name):
+    """tiny, opt125 or v<N>w<N>l<N> -> vocabulary, width, layers, heads, layers of the critic."""
+    if name in SHAPES:
+        return SHAPES[name]
+    if not (found := re.fullmatch(r"v(\d+)w(\d+)l(\d+)", name)):
+        raise ValueError(name)
+    vocabulary, width, layers = map(int, found.groups())
+    return vocabulary, width, layers, width // 64, layers // 2
+
+
+def model(name):
+    """A model's name, as a flag."""
+    return shape(name) and name
+
+
 def common(doc):
     """A parser of what all benchmarks against TRL share."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     add = parser.add_argument
     add("--fixture", required=True)
-    add("--model", default="tiny", help="tiny, opt125, or a folder of --fixture")
+    add("--model", type=model, default="tiny", help="tiny, opt125 or, say, v8192w256l4")
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--batch", type=int, default=4)
     add("--turns", type=int, default=3)
@@ -67,8 +83,13 @@ def parse():
     return args
 
 
-def make(folder, vocabulary, width, layers, heads, critic_layers):
-    """Random OPT models, a tokenizer of one word a token, 256 prompts of 8 to 128 tokens."""
+def make(fixture, name):
+    """Random OPT models, a tokenizer of one word a token, 256 prompts of 8 to 128 tokens, unless
+    they are there."""
+    folder = f"{fixture}/{name}"
+    if os.path.exists(folder):
+        return
+    vocabulary, width, layers, heads, critic_layers = shape(name)
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
@@ -81,14 +102,14 @@ def make(folder, vocabulary, width, layers, heads, critic_layers):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
     )
-    shape = dict(vocab_size=vocabulary, hidden_size=width, word_embed_proj_dim=width, dropout=0.0)
-    shape.update(ffn_dim=4 * width, num_attention_heads=heads, max_position_embeddings=2048)
-    shape.update(pad_token_id=0, bos_token_id=1, eos_token_id=1, num_labels=1)
+    config = dict(vocab_size=vocabulary, hidden_size=width, word_embed_proj_dim=width, dropout=0.0)
+    config.update(ffn_dim=4 * width, num_attention_heads=heads, max_position_embeddings=2048)
+    config.update(pad_token_id=0, bos_token_id=1, eos_token_id=1, num_labels=1)
     for name, kind, depth in (
         ("actor", OPTForCausalLM, layers),
         ("critic_seqcls", OPTForSequenceClassification, critic_layers),
     ):
-        kind(OPTConfig(num_hidden_layers=depth, **shape)).save_pretrained(f"{folder}/{name}")
+        kind(OPTConfig(num_hidden_layers=depth, **config)).save_pretrained(f"{folder}/{name}")
         tokenizer.save_pretrained(f"{folder}/{name}")
     rng = random.Random(0)
     draw = lambda: [rng.randrange(2, vocabulary) for _ in range(rng.randint(8, 128))]
@@ -192,6 +213,5 @@ def against(args):
 
 if __name__ == "__main__":
     arguments = parse()
-    if not os.path.exists(f"{arguments.fixture}/{arguments.model}"):
-        make(f"{arguments.fixture}/{arguments.model}", *SHAPES[arguments.model])
+    make(arguments.fixture, arguments.model)
     against(arguments) if arguments.vs else ours(arguments)

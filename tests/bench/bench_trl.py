@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from tests.bench.bench_ppo import SHAPES, common, make, ratio, result  # noqa: E402
+from tests.bench.bench_ppo import common, make, ratio, result, shape  # noqa: E402
 
 METHODS = {"sft": "actor", "rm": "critic_seqcls", "dpo": "actor"}
 
@@ -35,7 +35,7 @@ def parse():
 
 def pairs(args):
     """Rows of words, one token each, for every step and one to warm up."""
-    rng, words = random.Random(0), SHAPES[args.model][0]
+    rng, words = random.Random(0), shape(args.model)[0]
     text = lambda n: " ".join(f"w{rng.randrange(3, words)}" for _ in range(n))
     count = args.batch * (args.steps + 1)
     return [
@@ -133,8 +133,7 @@ def theirs(method, args, folder):
 
 def main():
     args = parse()
-    if not os.path.exists(f"{args.fixture}/{args.model}"):
-        make(f"{args.fixture}/{args.model}", *SHAPES[args.model])
+    make(args.fixture, args.model)
     if not args.vs:
         [method] = args.methods
         with tempfile.TemporaryDirectory() as folder:

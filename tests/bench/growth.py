@@ -8,7 +8,6 @@ tokens a rank, 128 new ones each.  Prints Markdown rows.  Run nothing else meanw
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -30,9 +29,6 @@ BASE = dict(batch=4, response=128, ranks=1, vocabulary=8192, width=256, layers=4
 def measured(fixture, batch, response, ranks, vocabulary, width, layers):
     """bench_ppo.py's row of this setting."""
     name = f"v{vocabulary}w{width}l{layers}"
-    if not os.path.exists(f"{fixture}/{name}"):
-        heads, critic_layers = width // 64, layers // 2
-        bench_ppo.make(f"{fixture}/{name}", vocabulary, width, layers, heads, critic_layers)
     start = LAUNCHER if ranks > 1 else [sys.executable]
     flags = dict(fixture=fixture, model=name, batch=batch, response=response, iters=3)
     pairs = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
