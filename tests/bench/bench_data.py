@@ -43,8 +43,9 @@ def mebibytes(field):
 
 def start(path, cache):
     """One start of a run: load the rows, then read all of them as batches."""
-    from rlhf import batches, data, models
+    from rlhf import batches, data, engine, models
 
+    engine.prepare("error")  # on CPUs, freed memory stays
     tokenizer = models.load_tokenizer("toy")
     before, clock = mebibytes("RssAnon"), time.perf_counter()
     train, _ = data.load(settings(path, cache), tokenizer, 2)
