@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,12 @@ def test_narrow_models_keep_the_exact_precision(model_folder, start, call, world
         assert found == (prepared if width == 256 else "highest")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_rate_of_products_counts_a_multiplication_and_an_addition_each(monkeypatch):
+    """A result has 2048 of both; at half a second a product."""
+    monkeypatch.setattr(torch.utils.benchmark.Timer, "timeit", lambda *_: SimpleNamespace(mean=0.5))
+    assert engine.products_rate("fp32") == pytest.approx(2048 * 2048 * (2048 + 2048) / 0.5 / 1e12)
 
 
 KEPT = """
