@@ -98,16 +98,16 @@ def train_engine(model, args, name, micro_batch, total_steps):
         if weight.requires_grad:
             rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate") * scale
             groups[1e-7 if ramp else rate, of("weight_decay") * (weight.ndim >= 2)].append(weight)
-    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if args.offload else partial(optim.AdamW, fused=True)
-    optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
-                      for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
+    optimizer = optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay} for
+                             (rate, decay), weights in groups.items()],
+                            betas=(0.9, args.adam_beta2), fused=True)
     least = {"min_lr_rate": args.min_lr_ratio} if "min_lr" in args.lr_scheduler_type else {}
     schedule = optim.lr_scheduler.ExponentialLR(optimizer, 1e7 ** (1 / total_steps)) if ramp else \
         transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
                                    total_steps, least)
     config = {**_memory(dtype, stage, args.offload, micro_batch), "steps_per_print": 1 << 31,
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
-              "gradient_clipping": args.max_grad_norm,
+              "gradient_clipping": args.max_grad_norm, "zero_force_ds_cpu_optimizer": False,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"}}
     start = lambda _: deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,9 +129,29 @@ def model_folder(tmp_path):
     )
 
 
-def run_script(script, *flags, ranks=1, launcher="python", timeout=240, env=None):
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run(command, timeout=900, **env):
+    """Run a program -> CompletedProcess.  If it hangs, none of its children is left behind."""
+    pipe, env = subprocess.PIPE, {**os.environ, **env}
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_script(script, *flags, ranks=1, launcher="python", **env):
     """Run a script as a user does -> CompletedProcess."""
-    port = str(29500 + os.getpid() % 1000)
+    port = free_port()
     start = {
         "python": [sys.executable],
         "torchrun": [
@@ -147,14 +168,7 @@ def run_script(script, *flags, ranks=1, launcher="python", timeout=240, env=None
             f"--master_port={port}",
         ],
     }[launcher]
-    return subprocess.run(
-        [*start, script, *map(str, flags)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **(env or {})},
-    )
+    return run([*start, script, *map(str, flags)], **env)
 
 
 def arguments(tmp_path, *paths, **changes):

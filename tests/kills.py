@@ -12,7 +12,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import sys
 import time
 
@@ -25,6 +24,7 @@ import train_ppo
 import train_rm
 import train_sft
 from rlhf import args
+from tests.conftest import free_port
 
 LOADED_HERE = (train_dpo, train_rm, transformers.trainer_utils, AutoModelForSequenceClassification)
 LOADED_HERE += (LlamaForCausalLM, OPTForCausalLM)
@@ -112,10 +112,7 @@ def rank(number, port, script, flags, ranks, folder, die=None, change=None, **_)
 
 def run(order):
     folder, ranks = pathlib.Path(order["folder"]), order["ranks"]
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    pids = []
+    port, pids = free_port(), []
     for number in range(ranks):
         pids.append(os.fork())
         if pids[-1] == 0:

@@ -21,7 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 from rlhf import checkpoint, models
-from tests.conftest import ENV, ROOT, metrics, to_flags
+from tests.conftest import ENV, ROOT, free_port, metrics, to_flags
 
 TIMES = ("seconds", "tokens_per_second", "tflops")
 
@@ -163,7 +163,7 @@ def launch():
 
     def start(script, *flags):
         program = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-        port = f"--master_port={29500 + os.getpid() % 1000}"
+        port = f"--master_port={free_port()}"
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         process = subprocess.Popen(
             [program, "--quiet", "--num_gpus=2", port, script, *flags],

@@ -2,18 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
 
-from tests.conftest import ROOT
+from tests.conftest import free_port, run
 
 
 def test_the_whole_pipeline_learns_the_embedded_world(tmp_path):
     env = {
-        **os.environ,
         "OUTPUT": str(tmp_path),
         "DS_ACCELERATOR": "cpu",
-        "MASTER_PORT": str(29500 + os.getpid() % 1000),
+        "MASTER_PORT": str(free_port()),
         "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],
         "SFT_FLAGS": "--max_steps 100 --max_eval_rows 300",
         "RM_FLAGS": "--max_steps 160 --max_eval_rows 300",
@@ -21,9 +19,7 @@ def test_the_whole_pipeline_learns_the_embedded_world(tmp_path):
         "PPO_FLAGS": "--max_steps 24",
         "EVAL_FLAGS": "--num_prompts 200 --best_of 4",
     }
-    done = subprocess.run(
-        ["bash", "run_all.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
-    )
+    done = run(["bash", "run_all.sh"], **env)
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "evaluation" / "evaluation.json") as file:
         rows = json.load(file)["models"]

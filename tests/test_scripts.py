@@ -475,7 +475,7 @@ def test_two_ranks_with_half_the_batch_take_the_same_step(
         env = {"DS_ACCELERATOR": "cpu", "PATH": os.path.dirname(sys.executable)}
         env["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
         flags = to_flags(**{**start, **cut})
-        done = run_script("train_sft.py", *flags, ranks=2, launcher="torchrun", env=env)
+        done = run_script("train_sft.py", *flags, ranks=2, launcher="torchrun", **env)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
     else:
@@ -607,7 +607,7 @@ def test_two_ranks_say_an_error_once(tmp_path):
         *to_flags(data_path=tmp_path / "no.jsonl", output_dir=tmp_path, data_output_path=tmp_path),
         ranks=2,
         launcher="deepspeed",
-        env={"DS_ACCELERATOR": "cpu"},
+        DS_ACCELERATOR="cpu",
     )
     said = done.stdout + done.stderr
     assert done.returncode == 1 and said.count("there is no such file or folder") == 1
