@@ -14,7 +14,7 @@ from rlhf.log import Log, work
 from rlhf.losses import dpo_loss
 
 def parse():
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "output/dpo")
     add = parser.add_argument_group("DPO; its recipe sets other groups' defaults too").add_argument
     add("--beta", type=flags.positive, default=0.5, help="price of leaving the reference [recipe]")
     add("--label_smoothing", type=flags.fraction, default=0.0, help="share of wrong labels [DSC]")
@@ -25,7 +25,6 @@ def parse():
     flags.add_frozen(add, "reference")
     add("--eval_kl_prompts", type=flags.count, default=64, help="to sample for eval_kl [ours]")
     flags.add_training(parser, learning_rate=2e-6, warmup=10)
-    flags.add_run(parser, "output/dpo")
     parser.set_defaults(model_name_or_path="output/sft", weight_decay=0.01, max_seq_len=256,
                         lr_scheduler_type="linear", eval_fraction=0.05)
     return parser.parse_args()

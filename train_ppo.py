@@ -18,7 +18,7 @@ from rlhf.losses import (gae, kl_estimate, masked_mean, masked_moments, policy_l
                          shaped_rewards, value_loss, whiten)
 
 def parse():
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "output/ppo")
     add = parser.add_argument_group("models").add_argument
     add("--actor_model_name_or_path", default="output/sft", help="and reference: of step 1 [ours]")
     add("--critic_model_name_or_path", help="and reward: output/rm, with --reward_fn none [ours]")
@@ -59,7 +59,6 @@ def parse():
     flags.add_trained(parser, "actor_", 9.65e-6)
     flags.add_trained(parser, "critic_", 5e-6)
     flags.add_training(parser, warmup=100)
-    flags.add_run(parser, "output/ppo")
     args = parser.parse_args()
     args.kl_now = args.kl_coef                      # --target_kl changes it
     if not args.reward_fn:
@@ -175,8 +174,7 @@ def guard(step, metrics, args):
     """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
     kl, ratio = metrics.get("kl", 0), metrics.get("ratio_mean", 1)
     rows = 0 if args.reward_fn else args.rows * engine.world_size()     # a rule may praise nothing
-    for wrong, reason in (
-            (rows > 1 and metrics.get("score_std", 1) < 1e-6,
+    for wrong, reason in ((rows > 1 and metrics.get("score_std", 1) < 1e-6,
              "the reward model scores all responses alike: is it trained, and for such data?"),
             (args.kl_stop and kl > args.kl_stop,
              f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),

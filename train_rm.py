@@ -10,9 +10,8 @@ from rlhf.log import Log, work
 from rlhf.losses import bradley_terry_loss
 
 def parse():
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "output/rm")
     flags.add_training(parser, learning_rate=5e-5)
-    flags.add_run(parser, "output/rm")
     return parser.parse_args()
 
 def train_step(model, micro_batches):

@@ -10,13 +10,12 @@ from rlhf.log import Log, work
 from rlhf.losses import masked_mean
 
 def parse():
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "output/sft")
     add = parser.add_argument_group("SFT").add_argument
     add("--train_on_prompt", action="store_true", help="as DSC does [ours: responses only]")
     add("--packing", action="store_true", help="rows share sequences [ours: off]")
     add("--sft_only_data_path", nargs="*", default=[], help="without pairs, used whole [DSC]")
     flags.add_training(parser, learning_rate=1e-3)
-    flags.add_run(parser, "output/sft")
     args = parser.parse_args()
     if args.packing and args.group_by_length:
         parser.error("--packing leaves no padding for --group_by_length to save: choose one")

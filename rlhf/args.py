@@ -11,10 +11,11 @@ class InputError(Exception):
     """The user gave something wrong.  The message is one sentence: what, where, what to do."""
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-sentence errors (exit code 2)."""
-    def __init__(self, doc):
+    """argparse with one-sentence errors (exit code 2) and the flags that everything shares."""
+    def __init__(self, doc, output_dir):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add_run(self, output_dir)
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
         for text in sorted(unknown, key=lambda text: text[:1] != "-"):          # flags come first

@@ -1,7 +1,7 @@
 """Checkpoints: a run that was killed and resumed leaves what an uninterrupted one does, to the bit.
 OUTPUT_DIR/checkpoints/step<N> is whole or not there: it is renamed when all is on the disk; then
 `latest` names it.  Resume only what you trust: DeepSpeed unpickles its shards."""
-import os, random, shlex, shutil, signal, sys, time
+import os, random, shutil, signal, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -59,8 +59,7 @@ class Checkpoints:
             with writing(f"the checkpoint of step {step} to {self.folder}"):
                 self._save(step)
         if stop:
-            command = shlex.join(text for text in sys.argv if "--local_rank" not in text)
-            say(f"stopped after step {step}; to go on, start as before: {command} --resume")
+            say(f"stopped after step {step}; to go on, start as before, with --resume")
             raise SystemExit(0)
     _load = lambda self, rank: opened(torch.load, str(self.start / f"rank{rank}.pt"),
                                       "the checkpoint in", "cpu", weights_only=False)

@@ -173,7 +173,7 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
 
 def inspect_data():
     """What training would see: rows kept and dropped, lengths, three examples."""
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, None)
     add = parser.add_argument
     add("--phase", type=int, choices=(1, 2, 3), default=1, help="step [ours]")
     add("--tokenizer", default="toy", help="toy, a model folder or a hub id [ours]")
@@ -181,7 +181,6 @@ def inspect_data():
     add("--max_prompt_seq_len", type=flags.positive_int, default=256, help="of step 3 [DSC]")
     add("--sft_only_data_path", nargs="*", default=[], help="step 1's [DSC]")
     add("--train_on_prompt", action="store_true", help="step 1's [ours]")
-    flags.add_run(parser, None)
     args = parser.parse_args()
     engine.prepare(args.log_level)
     tokenizer = models.load_tokenizer(args.tokenizer, args)

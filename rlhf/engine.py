@@ -7,13 +7,9 @@ from functools import partial
 os.environ.update({"TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1", **os.environ})
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
-import datasets
-import torch
-import torch.distributed as dist
-import transformers
-from torch import optim
-from torch.utils.benchmark import Timer
-from torch.utils.checkpoint import checkpoint
+import datasets, torch, transformers
+from torch import distributed as dist, optim
+from torch.utils import benchmark, checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import lora, models
 from rlhf.args import InputError, check_writable, opened, writing
@@ -68,8 +64,8 @@ def communicated():
 
 def products_rate(dtype):
     """TFLOP/s of products of matrices of 2048 x 2048 on this rank: what a step could reach."""
-    square = torch.ones(2048, 2048, dtype=models.pick_dtype(dtype), device=device())
-    timer = Timer("square @ square", globals=locals(), num_threads=torch.get_num_threads())
+    x = torch.ones(2048, 2048, dtype=models.pick_dtype(dtype), device=device())
+    timer = benchmark.Timer("x @ x", globals=locals(), num_threads=torch.get_num_threads())
     return 2 * 2048 ** 3 / timer.timeit(8).mean / 1e12                          # it warms up first
 
 def train_engine(model, args, name, micro_batch, total_steps):
@@ -91,7 +87,7 @@ def train_engine(model, args, name, micro_batch, total_steps):
     if of("gradient_checkpointing"):
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):    # its own way needs dropout's mode
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                layer.forward = partial(checkpoint.checkpoint, layer.forward, use_reentrant=False)
     scale = lr_scale(args, micro_batch * args.gradient_accumulation_steps * world_size())
     groups, ramp = defaultdict(list), args.lr_range_test
     for weight_name, weight in model.named_parameters():
@@ -105,7 +101,7 @@ def train_engine(model, args, name, micro_batch, total_steps):
     schedule = optim.lr_scheduler.ExponentialLR(optimizer, 1e7 ** (1 / total_steps)) if ramp else \
         transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
                                    total_steps, least)
-    config = {**_memory(dtype, stage, args.offload, micro_batch), "steps_per_print": 1 << 31,
+    config = {**_memory(dtype, stage, args.offload, micro_batch),
               "gradient_accumulation_steps": args.gradient_accumulation_steps,
               "gradient_clipping": args.max_grad_norm, "zero_force_ds_cpu_optimizer": False,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":

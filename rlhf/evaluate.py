@@ -11,7 +11,7 @@ from rlhf.log import write_json, write_text
 SHOWN = "score win_rate kl response_length eos_rate perplexity true_reward helpful harmless polite"
 
 def parse():
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "output/evaluation")
     add = parser.add_argument_group("evaluation").add_argument
     add("--models", nargs="+", default=["sft=output/sft", "ppo=output/ppo/actor"],
         help="NAME=PATH, the baseline first [ours: what the scripts leave]")
@@ -22,7 +22,6 @@ def parse():
     add("--max_prompt_seq_len", type=flags.positive_int, default=256, help="or left out [DSC]")
     add("--max_answer_seq_len", type=flags.positive_int, default=256, help="tokens at most [DSC]")
     add("--temperature", type=flags.positive, default=1.0, help="of samples and KL [IGPT]")
-    flags.add_run(parser, "output/evaluation")
     return parser.parse_args()
 
 def mean_ci(name, values):

@@ -55,7 +55,7 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
     Rafailov et al. 2023 (arXiv:2305.18290) eq. 7: `bradley_terry_loss` on the implicit rewards of
     eq. 5, beta * log(pi / pi_ref), less a constant.  kind "hinge": Liu et al. 2023
     (arXiv:2309.06657); "ipo": Azar et al. 2023 (arXiv:2310.12036) eq. 17, whose tau is beta.
-    label_smoothing: rate of flipped labels (Mitchell 2023).  stats: chosen_, rejected_reward (B,)"""
+    label_smoothing: rate of wrong labels (Mitchell 2023).  stats: chosen_, rejected_reward (B,)"""
     loss_of = {"sigmoid": bradley_terry_loss, "hinge": lambda a, b: F.relu(1 - (a - b)).mean(),
                "ipo": lambda a, b: ((a - b) / beta - 1 / (2 * beta)).square().mean()}[kind]
     chosen = beta * (_wide(logp_chosen) - _wide(ref_logp_chosen))                       # eq. 5
@@ -67,9 +67,7 @@ def dpo_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, bet
 def kl_estimate(logp, ref_logp, kind="k1"):
     """Per-token estimate of KL(pi || ref) from tokens drawn from pi.  (B, R), (B, R) -> (B, R).
     Schulman 2020, "Approximating KL divergence": k1 is unbiased but may be negative, k3 is unbiased
-    and never negative, k2 is biased but its gradient is the KL's.  ValueError for another kind."""
-    if kind not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl_estimate: kind must be k1, k2 or k3, not {kind!r}")
+    and never negative, k2 is biased but its gradient is the KL's.  KeyError for another kind."""
     logr = _wide(logp) - _wide(ref_logp)           # of the policy that was sampled to the reference
     return {"k1": logr, "k2": logr.square() / 2, "k3": torch.expm1(-logr) + logr}[kind]
 

@@ -113,7 +113,7 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
     tokenised behind its prompt, lest a space be invented, and ends with eos, also when cut.  Of a
     long row the prompt keeps its end (and bos), half of the tokens (at most max_prompt) if need be,
     responses lose theirs; alone, it is left out.  train_on_prompt: one token is the prompt."""
-    eos, rows = tokenizer.eos_token_id, {name: [] for name in (*texts, "length", "cut")}
+    eos, rows = tokenizer.eos_token_id, []
     def responses(column):
         both = [prompt + text for prompt, text in zip(texts["prompt"], column)]
         whole = ids_of(tokenizer, both) if any(column) else prompts
@@ -139,8 +139,6 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
         if train_on_prompt:
             prompt, answers[0] = prompt[:1], prompt[1:] + answers[0]
         kept = len(prompt) + max(map(len, answers))
-        row = {**{name: texts[name][i] for name in texts}, "prompt": prompt, "chosen": answers[0],
-               "rejected": answers[1], "length": kept, "cut": kept < length}
-        for name, value in row.items():
-            rows[name].append(value)
-    return rows
+        rows.append({**{name: texts[name][i] for name in texts}, "prompt": prompt, "chosen":
+                     answers[0], "rejected": answers[1], "length": kept, "cut": kept < length})
+    return {name: [row[name] for row in rows] for name in (*texts, "length", "cut")}

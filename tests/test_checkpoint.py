@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -191,7 +190,7 @@ def ranks_of(launcher):
     return [found[rank] for rank in ("0", "1")]
 
 
-def wait_for(happened, seconds=40):
+def wait_for(happened, seconds=240):
     end = time.time() + seconds
     while not happened():
         assert time.time() < end, "it hangs"
@@ -204,23 +203,21 @@ def test_the_launcher_one_signalled_rank_stops_both_and_one_killed_rank_ends_all
     flags = dict(start, max_steps=4000, num_train_epochs=100, zero_stage=1, log_interval=1000)
     flags.update(per_device_train_batch_size=4, data_output_path=tmp_path / "cache", lr=1e-2)
     cut = world["out"] / "cut"
-    launcher = launch("train_sft.py", *to_flags(**flags, output_dir=cut))
+    command = ["train_sft.py", *to_flags(**flags, output_dir=cut)]
+    launcher = launch(*command)
     wait_for(lambda: rows_of(cut) > 3)
     ranks_of(launcher)[1].send_signal(signal.SIGTERM)
-    output, errors = launcher.communicate(timeout=60)
+    output, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, errors
-    command = output[output.index("to go on, start as before: ") :].splitlines()[0]
-    script, *again = shlex.split(command.partition("before: ")[2])
-    assert again[-1] == "--resume" and script == "train_sft.py"
-
+    assert "to go on, start as before, with --resume" in output
     stopped = rows_of(cut)
-    launcher = launch(script, *again)
+    launcher = launch(*command, "--resume")
     assert (cut / "checkpoints" / "latest").read_text() == f"step{stopped - 1}"
     wait_for(lambda: rows_of(cut) > stopped + 3)
     family = psutil.Process(launcher.pid).children(recursive=True)
     ranks_of(launcher)[0].kill()
     begun = time.time()
-    launcher.communicate(timeout=60)
+    launcher.communicate(timeout=240)
     assert launcher.returncode != 0 and time.time() - begun < 60
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
@@ -240,7 +237,7 @@ def test_a_signal_ends_the_step_saves_and_the_second_one_does_not_wait(world, st
             time.sleep(0.1)
         assert run.codes() == [0, 0], run.read("err0")
         done = len(metrics(cut)) - 1  # and the evaluation before training
-        assert f"stopped after step {done}; to go on, start as before: " in run.read("out0")
+        assert f"stopped after step {done}; to go on, start as before, with --resume" in run.read("out0")
     fork("train_sft", {**flags, "output_dir": cut, "resume": True}, 2).succeeds()
     whole.succeeds()
     assert kept(cut) == kept(world["out"] / "whole")
