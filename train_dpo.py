@@ -89,7 +89,8 @@ def main():
     cut, _, total = batches.plan(args, train)
     advice.check(args, "dpo", total)
 
-    load = partial(models.load_policy, path, tokenizer, args.dtype, args.max_seq_len)
+    load = partial(models.load_policy, path, tokenizer, args.dtype, args.max_seq_len,
+                   args.load_in_4bit)
     policy = engine.train_engine(load(), args, "", cut[0], total)
     policy.eval()                             # no dropout: policy and reference are compared
     reference = None if args.precompute_ref_logp else engine.reference(policy, load, args, "")

@@ -188,7 +188,7 @@ def guard(step, metrics, args):
 def load_models(args, tokenizer, steps):
     """-> actor and critic (engines with optimizers), reference, reward model or None (frozen)."""
     common = (tokenizer, args.dtype, args.max_prompt_seq_len + args.max_answer_seq_len)
-    policy = partial(models.load_policy, args.actor_model_name_or_path, *common)
+    policy = partial(models.load_policy, args.actor_model_name_or_path, *common, args.load_in_4bit)
     given = args.critic_model_name_or_path
     scalar = partial(models.load_scalar, given or args.actor_model_name_or_path, *common, not given)
     rows, waits = args.per_device_training_batch_size, args.critic_warmup_steps * args.updates

@@ -42,7 +42,7 @@ def main():
     cut, epoch, total = batches.plan(args, train)
     advice.check(args, "sft", total)
 
-    policy = models.load_policy(path, tokenizer, args.dtype, args.max_seq_len)
+    policy = models.load_policy(path, tokenizer, args.dtype, args.max_seq_len, args.load_in_4bit)
     policy = engine.train_engine(policy, args, "", cut[0], total)
     saved.restore({"policy": policy})
     log = Log(args, total, "loss grad_norm lr tokens_per_second".split(), policy, saved.step)

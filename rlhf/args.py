@@ -142,6 +142,8 @@ def add_training(parser, learning_rate=None, warmup=0):
     add("--max_grad_norm", type=positive, default=1.0, help="gradient clipping [DSC]")
     add("--lora_alpha", type=positive, help="adapters count alpha / rank [QLoRA: 2 x rank]")
     add("--only_optimize_lora", action=switch, default=True, help="freeze all else [PEFT; DSC: no]")
+    add("--load_in_4bit", action="store_true", help="policies' frozen weights [QLoRA; ours: off]")
+    add("--optim", choices=("adamw", "adamw_8bit"), default="adamw", help="8: less memory [ours]")
     add("--offload", action="store_true", help="optimizer (stage 3: weights too) on the CPU [DSC]")
     add("--deepspeed_config", help="JSON file: adds what no flag decides [DSC]")
     add("--max_steps", type=count, default=0, help="(step 3: iterations) or 0: whole epochs [ours]")

@@ -38,8 +38,8 @@ class Checkpoints:
         SIGTERM or SIGINT waits for the end of the step, the same one again does not."""
         self.engines, self.ema = engines, ema
         if self.start:
-            for name, trained in engines.items():
-                opened(trained.load_checkpoint, str(self.start), "the checkpoint in", name)
+            for name, trained in engines.items():              # False: frozen weights are not there
+                opened(trained.load_checkpoint, str(self.start), "the checkpoint in", name, False)
             state = self._load(engine.rank())
             for shadow, average in zip(ema.shadow if ema else (), state["ema"]):
                 shadow.copy_(average)
@@ -71,7 +71,7 @@ class Checkpoints:
                             torch.cuda.get_rng_state_all())}
         torch.save(state, new / f"rank{engine.rank()}.pt")
         for name, trained in self.engines.items():                        # all ranks wait for all
-            trained.save_checkpoint(str(new), name, save_latest=False)
+            trained.save_checkpoint(new, name, save_latest=False, exclude_frozen_parameters=True)
         engine.on_rank_zero(lambda: self._publish(new, self.folder / f"step{step}"))
     def _publish(self, new, final):
         for path in [*new.rglob("*"), new]:

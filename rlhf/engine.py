@@ -1,6 +1,6 @@
 """DeepSpeed's engines, one global mean an optimizer step, and collectives that work just as well in
 a process that no launcher started.  The only module that imports deepspeed."""
-import atexit, contextlib, ctypes, datetime, io, json, logging, os, sys, warnings
+import atexit, contextlib, ctypes, datetime, importlib.util, io, json, logging, os, sys, warnings
 from collections import defaultdict
 from functools import partial
 # Large tensors on huge pages: the system hands over, and clears, 512 times fewer of them.
@@ -27,6 +27,8 @@ def init(args):
     """Join the other processes, if any; seed everything -> args."""
     args.output_dir += "/lr_range_test" * bool(args.lr_range_test)    # models of a ramp are ruins
     check_writable(args.output_dir)
+    if (args.load_in_4bit or "8bit" in args.optim) and not importlib.util.find_spec("bitsandbytes"):
+        raise InputError("--load_in_4bit and --optim adamw_8bit need pip install -e '.[4bit]'")
     prepare(args.log_level)
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.update({} if "RANK" in os.environ else alone)               # python train_X.py
@@ -84,6 +86,9 @@ def train_engine(model, args, name, micro_batch, total_steps):
         if args.only_optimize_lora and args.add_eot_token:
             raise InputError("--add_eot_token's row would not train: give --no-only_optimize_lora")
         lora.add(model, dim, args.lora_alpha, of("lora_module_name"), args.only_optimize_lora)
+    if args.load_in_4bit and name != "critic_" and (
+            stage == 3 or not dim or not getattr(model, "is_loaded_in_4bit", False)):
+        raise InputError(f"--load_in_4bit needs a trained policy, --{name}lora_dim, a stage < 3")
     if of("gradient_checkpointing"):
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):    # its own way needs dropout's mode
@@ -94,16 +99,17 @@ def train_engine(model, args, name, micro_batch, total_steps):
         if weight.requires_grad:
             rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate") * scale
             groups[1e-7 if ramp else rate, of("weight_decay") * (weight.ndim >= 2)].append(weight)
-    optimizer = optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay} for
-                             (rate, decay), weights in groups.items()],
-                            betas=(0.9, args.adam_beta2), fused=True)
+    adam = partial(optim.AdamW, fused=True) if args.optim == "adamw" else \
+        importlib.import_module("bitsandbytes").optim.AdamW8bit
+    optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
+                      for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
     least = {"min_lr_rate": args.min_lr_ratio} if "min_lr" in args.lr_scheduler_type else {}
     schedule = optim.lr_scheduler.ExponentialLR(optimizer, 1e7 ** (1 / total_steps)) if ramp else \
         transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
                                    total_steps, least)
-    config = {**_memory(dtype, stage, args.offload, micro_batch),
-              "gradient_accumulation_steps": args.gradient_accumulation_steps,
-              "gradient_clipping": args.max_grad_norm, "zero_force_ds_cpu_optimizer": False,
+    config = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+              **_memory(dtype, stage, args.offload, micro_batch), "gradient_accumulation_steps":
+              args.gradient_accumulation_steps, "gradient_clipping": args.max_grad_norm,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"}}
     start = lambda _: deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,

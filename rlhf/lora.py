@@ -9,14 +9,16 @@ from rlhf.args import InputError
 layers = lambda model: {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 class LoRA(nn.Module):
-    """A Linear or GPT-2's Conv1D, with an adapter of this rank."""
+    """A Linear (perhaps in 4 bits) or GPT-2's Conv1D, with an adapter of this rank."""
     enabled = True                                                                     # all of them
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, alpha
-        rows, columns = base.weight.shape[::-1 if isinstance(base, Conv1D) else 1]      # out, in
-        self.lora_A = nn.Parameter(base.weight.new_empty(rank, columns))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(rows, rank))
+        rows, columns = (base.nf, base.nx) if isinstance(base, Conv1D) else \
+            (base.out_features, base.in_features)
+        like = base.weight.new_empty(0, dtype=getattr(base, "compute_dtype", base.weight.dtype))
+        self.lora_A = nn.Parameter(like.new_empty(rank, columns))
+        self.lora_B = nn.Parameter(like.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)              # as nn.Linear does, and PEFT
     def forward(self, x):
         if not self.enabled:
@@ -34,8 +36,9 @@ def add(model, rank, alpha, modules, only):
     if not all(any(part in name for name in linears) for part in parts):
         raise InputError(f"--lora_module_name {modules} is in no linear layer's name: choose parts "
                          f"of names such as {', '.join([*linears][:3])}")
+    model.apply(lambda m: setattr(m, "support_avx512bf16_for_cpu", False))   # it stops gradients
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not only or "score." in name)
+        parameter.requires_grad_(parameter.is_floating_point() and (not only or "score." in name))
     for name, base in chosen.items():
         base.weight.requires_grad_(False)
         model.set_submodule(name, LoRA(base, rank, alpha or 2 * rank))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, GenerationConfig)
+                          AutoTokenizer, BitsAndBytesConfig, GenerationConfig)
 from rlhf import lora, toy
 from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
@@ -36,16 +36,16 @@ def load_tokenizer(path, args=None):
         tokenizer.add_special_tokens({"pad_token": unk})
     return tokenizer
 
-def load_policy(path, tokenizer, dtype="fp32", length=0):
-    """Any causal language model; toy: a fresh one of a million weights.  InputError for a missing,
-    unexpected or misshapen weight, or a context of under `length` tokens."""
-    return _load(AutoModelForCausalLM, path, tokenizer, pick_dtype(dtype), length)[0]
+def load_policy(path, tokenizer, dtype="fp32", length=0, in_4bit=False):
+    """Any causal language model; toy: a fresh one of a million weights.  in_4bit: QLoRA's NF4.
+    InputError for a missing, unexpected, misshapen weight or a context below `length` tokens."""
+    return _load(AutoModelForCausalLM, path, tokenizer, pick_dtype(dtype), length, in_4bit)[0]
 
 def load_scalar(path, tokenizer, dtype="fp32", length=0, new_head=False):
     """A backbone with a one-number head -> ScalarModel.  With new_head (step 2) a language model
     will do, and gets a fresh head; or it must be a reward model.  InputError as in load_policy."""
     kind = AutoModelForSequenceClassification
-    model, fresh = _load(kind, path, tokenizer, pick_dtype(dtype), length, new_head)
+    model, fresh = _load(kind, path, tokenizer, pick_dtype(dtype), length, new_head=new_head)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise InputError(f"{path}: a {type(model).__name__} has no linear head named score: use a "
                          f"decoder-only language model")
@@ -111,6 +111,7 @@ def save_model(model, tokenizer, path, state=None):
     """Write weights, configs, tokenizer to a temporary folder in `path`, then move them there: an
     interrupted save leaves the previous model.  `state`: weights that are sharded.  Adapters are
     merged, and written to `path`/adapter if nothing else was trained."""
+    getattr(model, "is_quantized", False) and model.cpu().dequantize()
     classifier, state = getattr(model, "classifier", model), state or model.state_dict()
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as folder:
@@ -154,7 +155,7 @@ def _apart(model, position_ids):
     mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
     return {"position_ids": position_ids, "attention_mask": mask}
 
-def _load(kind, path, tokenizer, dtype, length, new_head=False):
+def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
     """Strict loading (new_head: but for the head) -> the model, was any weight missing?
     Its embeddings grow if the tokenizer gained a token; its configs get the special ids."""
     config = toy.model_config(tokenizer) if path == "toy" else \
@@ -165,9 +166,11 @@ def _load(kind, path, tokenizer, dtype, length, new_head=False):
     if path == "toy":
         model, fresh = kind.from_config(config, dtype=dtype), True
     else:
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype) if in_4bit else None
         model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=
                                dtype, trust_remote_code=False, output_loading_info=True,
-                               ignore_mismatched_sizes=True)
+                               ignore_mismatched_sizes=True, quantization_config=nf4)
         fresh, heads = report["missing_keys"], ("score.", "lm_head.", "embed_out.")
         for how in ("missing", "unexpected"):
             bad = sorted(n for n in report[f"{how}_keys"] if not (new_head and n.startswith(heads)))

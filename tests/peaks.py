@@ -18,6 +18,8 @@ SETTINGS = {
     "ZeRO-3": ["--zero_stage=3"],
     "LoRA": ["--lora_dim=8"],
     "bf16": ["--dtype=bf16"],
+    "4-bit": ["--load_in_4bit", "--lora_dim=8"],
+    "8-bit Adam": ["--optim=adamw_8bit"],
     "offload": ["--offload", "--zero_stage=2"],
 }
 
@@ -31,7 +33,7 @@ def measured(path, args):
     """The growth of this process at its peak, over two steps."""
     gc.collect()
     before = megabytes("VmRSS")
-    model = models.load_policy(path, TOKENIZER, args.dtype).eval()
+    model = models.load_policy(path, TOKENIZER, args.dtype, in_4bit=args.load_in_4bit).eval()
     trained = engine.train_engine(model, args, "", ROWS, 10)
     mask, prompt = torch.ones(ROWS, RESPONSE) > 0, torch.ones(ROWS, PROMPT) > 0
     batch = {"prompt_ids": prompt.long(), "prompt_mask": prompt}

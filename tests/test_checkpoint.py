@@ -90,6 +90,7 @@ def test_ppo_with_all_its_states_killed_anywhere_leaves_the_same_bytes(ppo, worl
     half = dict(per_device_generation_batch_size=8, per_device_training_batch_size=4)
     flags = ppo("", **half, max_steps=5, actor_lr=5e-3, critic_lr=5e-3, ppo_epochs=2)
     flags.update(actor_zero_stage=2, critic_zero_stage=3, actor_lora_dim=2, enable_ema=True)
+    flags.update(critic_lora_dim=2, critic_lora_learning_rate=5e-3)
     flags.update(unsupervised_dataset_name=tmp_path / "text.txt", print_answers_interval=1)
     flags.update(target_kl=1e-3)
     deaths = [["rename", 1, True], ["save", 2, False], ["rmtree", 3, False], None]
@@ -237,7 +238,9 @@ def test_a_signal_ends_the_step_saves_and_the_second_one_does_not_wait(world, st
             time.sleep(0.1)
         assert run.codes() == [0, 0], run.read("err0")
         done = len(metrics(cut)) - 1  # and the evaluation before training
-        assert f"stopped after step {done}; to go on, start as before, with --resume" in run.read("out0")
+        assert f"stopped after step {done}; to go on, start as before, with --resume" in run.read(
+            "out0"
+        )
     fork("train_sft", {**flags, "output_dir": cut, "resume": True}, 2).succeeds()
     whole.succeeds()
     assert kept(cut) == kept(world["out"] / "whole")

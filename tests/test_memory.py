@@ -14,6 +14,6 @@ def test_foretold_memory_is_within_15_percent_of_real_steps(tmp_path):
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "out.json") as file:
         found = json.load(file)
-    assert len(found) == 5
+    assert len(found) == 7
     for name, (real, foretold) in found.items():
         assert abs(foretold / real - 1) < 0.15, (name, real, foretold)

@@ -22,6 +22,7 @@ from unittest import mock
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +38,7 @@ from rlhf.args import opened, run
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: gradients wait until so many are there
 LIVE = 1_000_000_000  # its stage3_max_live_parameters: so many stay gathered
+NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: 64 have a scale of a byte, 256 of these one of 4
 OPT = {  # width, layers, heads
     "350m": (1024, 24, 16),
     "1.3b": (2048, 24, 32),
@@ -98,6 +100,7 @@ def build(wanted, args):
     kind = AutoModelForSequenceClassification if wanted.scalar else AutoModelForCausalLM
     model = kind.from_config(config, dtype=dtype)
     model = (models.ScalarModel(model) if wanted.scalar else model).eval()
+    model.is_loaded_in_4bit = args.load_in_4bit and wanted.path != "toy" and not wanted.scalar
     if wanted.flags is None:
         return model.requires_grad_(False), 3 if wanted.offload else wanted.stage, wanted.offload
 
@@ -105,7 +108,8 @@ def build(wanted, args):
         return [SimpleNamespace(config=config)]
 
     with mock.patch.object(engine.deepspeed, "initialize", initialize):
-        asked = engine.train_engine(model, args, wanted.flags, wanted.rows, 1).config
+        plain = SimpleNamespace(**{**vars(args), "optim": "adamw"})  # the other reads its numbers
+        asked = engine.train_engine(model, plain, wanted.flags, wanted.rows, 1).config
     return model, asked["zero_optimization"]["stage"], args.offload
 
 
@@ -152,12 +156,17 @@ def estimate(wanted, args, ranks):
         peak = computed(model, wanted, wanted.response, BUCKET if stage >= 2 else float("inf"))
         kept, small = (computed(model, wanted, n, 0) for n in (wanted.response, 1))
     size = models.pick_dtype(args.dtype).itemsize
-    shard = ranks if stage else 1
+    shard, moments = ranks if stage else 1, 2 if args.optim == "adamw_8bit" else 8
+    head = model.get_output_embeddings() if model.is_loaded_in_4bit else None
+    linear = [m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m is not head]
+    packed = linear if model.is_loaded_in_4bit else [0]
+    peak += max(packed) * size  # one at a time in full
     found = {
         "parameters": count,
-        "weights": count * size / (ranks if stage == 3 else 1),
+        "weights": (count * size - sum(packed) * (size - NF4)) / (ranks if stage == 3 else 1),
         "gradients": trained * size / (ranks if stage >= 2 else 1),
-        "optimizer": trained / shard * (8 + 4 * (stage > 0 or size < 4)),  # fp32 masters with ZeRO
+        # fp32 masters with ZeRO
+        "optimizer": trained / shard * (moments + 4 * (stage > 0 or size < 4)),
         "activations": small,
         "logits": kept - small,
     }
@@ -247,6 +256,12 @@ def table():
             "--offload_reference_model",
         ),
         "ZeRO-3, LoRA 64": ("--actor_zero_stage=3", "--critic_zero_stage=3", "--actor_lora_dim=64"),
+        "4 bits, LoRA 64": (
+            "--load_in_4bit",
+            "--actor_lora_dim=64",
+            "--critic_zero_stage=2",
+            *checkpointing,
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         for name, (width, layers, heads) in OPT.items():
