@@ -26,7 +26,7 @@ def parse():
     flags.add_frozen(add, "reward")
     add("--enable_ema", action="store_true", help="keep and save an average of the actor [DSC]")
     add("--ema_decay", type=open_fraction, default=0.992, help="an optimizer step [DSC, constant]")
-    add = parser.add_argument_group("rollout").add_argument
+    add = parser.add_argument_group("rollout and reward").add_argument
     add("--per_device_generation_batch_size", type=positive_int, default=16, help="rows [DSC]")
     add("--generation_batches", type=positive_int, default=1, help="of them a rollout [DSC]")
     add("--max_prompt_seq_len", type=positive_int, default=256, help="or it is dropped [DSC]")
@@ -35,7 +35,6 @@ def parse():
     add("--top_p", type=share, default=1.0, help="nucleus; 1: all tokens [ours: unbiased]")
     add("--top_k", type=count, default=0, help="likeliest tokens; 0: all [ours: unbiased]")
     add("--print_answers_interval", type=count, default=50, help="iterations; 0: never [ours]")
-    add = parser.add_argument_group("reward").add_argument
     add("--kl_coef", type=non_negative, default=0.1, help="price of the KL [DSC, constant]")
     add("--target_kl", type=positive, help="nats a response to adapt --kl_coef to [ours: off]")
     add("--kl_estimator", choices=("k1", "k2", "k3"), default="k1", help="[DSC, constant]")
@@ -134,21 +133,21 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
 
 def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
-    """--ppo_epochs passes over the experience, each in new minibatches -> metrics.
-    The critic and, if `both`, the actor take one step a minibatch.  The new log-probs come from the
-    same forward, in the same mode, as the old ones: the first ratio is 1 up to rounding."""
+    """--ppo_epochs passes over the experience, each in new minibatches of micro-batches that are
+    alike in length -> metrics.  The critic and, if `both`, the actor take a step a minibatch.  New
+    log-probs come from the old ones' forward, in its mode: the first ratio is 1 up to rounding."""
     start, history = time.perf_counter(), []
+    length = (experience["prompt_mask"].sum(1) + experience["mask"].sum(1)).cpu()           # (B,)
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(args.rows).split(args.step_rows):
-            micro_batches = [{name: tensor[part] for name, tensor in experience.items()}
-                             for part in rows.split(args.per_device_training_batch_size)]
+            alike = rows[length[rows].argsort()].split(args.per_device_training_batch_size)
+            micro_batches = [{name: x[part] for name, x in experience.items()} for part in alike]
             denom = engine.global_denom([batch["mask"] for batch in micro_batches])
             for batch in micro_batches:
-                mask = batch["mask"]
                 with torch.set_grad_enabled(both):
                     logp = models.policy_logprobs(actor, batch, args.temperature)           # (B, R)
                     actor_loss, metrics = policy_loss(logp, batch["old_logp"], batch["advantages"],
-                                                      mask, args.clip, denom)
+                                                      batch["mask"], args.clip, denom)
                     metrics["policy_loss"] = actor_loss.detach()
                     if text is not None:   # Ouyang et al. 2022 (arXiv:2203.02155) eq. 2, last term
                         block = next(text)             # differs: texts do not see each other
@@ -158,7 +157,7 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
                 metrics["actor_grad_norm"] = engine.step(actor, actor_loss) if both else 0.0
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
-                                                mask, args.value_clip, denom)
+                                                batch["mask"], args.value_clip, denom)
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
                                 "critic_grad_norm": engine.step(critic, critic_loss)})

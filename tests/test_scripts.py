@@ -634,3 +634,30 @@ def test_the_real_language_model_and_real_pairs_go_through_all_three_steps(call,
     code, error = call(train_ppo, **common, **paths, **lengths, **rows)
     assert code == 0, error
     assert metrics(out)[0]["first_ratio_error_max"] < 1e-5
+
+
+def test_the_micro_batches_of_a_ppo_step_are_alike_in_length(ppo, call, monkeypatch):
+    """So many positions are computed as the sorted lengths say, in two steps of four micro-batches,
+    for actor and critic."""
+    close, update, widths, lengths = train_ppo.models._close, train_ppo.ppo_update, [], []
+
+    def closed(batch):
+        result = close(batch)
+        widths.append(result[0].numel())
+        return result
+
+    def updated(actor, critic, experience, *rest, **more):
+        widths.clear()
+        lengths[:] = (experience["prompt_mask"].sum(1) + experience["mask"].sum(1)).tolist()
+        return update(actor, critic, experience, *rest, **more)
+
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
+    monkeypatch.setattr(train_ppo.models, "_close", closed)
+    monkeypatch.setattr(train_ppo, "ppo_update", updated)
+    flags = ppo("sorted", max_steps=1, per_device_training_batch_size=2)
+    flags.update(gradient_accumulation_steps=4, data_split="0,0,1")
+    code, error = call(train_ppo, **flags)
+    assert code == 0, error
+    steps = [sorted(lengths[8:]), sorted(lengths[:8])]
+    expected = [2 * max(step[i : i + 2]) for step in steps for i in range(0, 8, 2) for _ in "ac"]
+    assert widths == expected and len({*lengths}) > 3, (widths, expected)
