@@ -74,8 +74,8 @@ def precomputed(policy, rows, collate, tokenizer, args):
     """The rows with the untrained policy's log-probs of both responses, computed once, cached."""
     compute = partial(score_pairs, partial(response_logprobs, policy, args=args), rows, collate,
                       args.per_device_eval_batch_size)
-    identity = [rows["twin"][:], args.max_seq_len, args.max_prompt_seq_len, policy.module.dtype,
-                cache.fingerprint(args.model_name_or_path), args.length_normalized, args.seed]
+    identity = [rows["twin"][:], args.max_seq_len, args.max_prompt_seq_len, args.length_normalized,
+                cache.fingerprint(args.model_name_or_path), policy.module.config, args.seed]
     keep = lambda to, pairs: Dataset.from_dict({"ref_logp": pairs.tolist()}).save_to_disk(to)
     folder = cache.cached(args, tokenizer, identity, partial(keep), compute)
     return rows.add_column("ref_logp", load_from_disk(folder)["ref_logp"][:])

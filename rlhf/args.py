@@ -86,7 +86,7 @@ share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 def add_run(parser, output_dir):
     """Data and run: what everything shares."""
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("data and run").add_argument
     add("--data_path", nargs="+", default=["toy"], help="toy, hub ids, files, folders [ours]")
     add("--data_split", default="2,4,4", help="disjoint shares of the rows for steps 1,2,3 [DSC]")
     add("--data_output_path", default=os.path.expanduser("~/.cache/rlhf"), help="cache [ours]")
@@ -96,7 +96,6 @@ def add_run(parser, output_dir):
     add("--add_eot_token", action="store_true", help="it is new: embeddings get a row [DSC]")
     add("--preprocessing_num_workers", type=positive_int, default=min(8, CORES), help="[ours]")
     add("--max_eval_rows", type=positive_int, default=4000, help="[ours: accuracy to one point]")
-    add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=output_dir, help="takes all a run leaves [ours: a default]")
     add("--seed", type=seed, default=1234, help="of everything random, alike in all steps [DSC]")
     add("--dtype", choices="auto fp32 bf16 fp16".split(), default="auto", help="bf16/fp32 [ours]")

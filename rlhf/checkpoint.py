@@ -17,9 +17,9 @@ FREE = """output_dir resume save_interval save_total_limit log_interval log_leve
 class Checkpoints:
     """--resume, --save_interval, --save_total_limit; `step` is the last one that was done."""
     def __init__(self, args):
-        self.args, self.folder = args, Path(args.output_dir, "checkpoints")
-        self.step, self.stopped, self.start, latest = 0, False, None, self.folder / "latest"
-        found = self.folder / latest.read_text() if latest.exists() else \
+        self.args, self.step, self.stopped, self.start = args, 0, False, None
+        self.folder, self.whole = Path(args.output_dir, "checkpoints"), not args.load_in_4bit
+        found = self.folder / last.read_text() if (last := self.folder / "latest").exists() else \
             max(self.folder.glob("step*"), key=os.path.getmtime, default=None)
         if found and not args.resume:
             raise InputError(f"{self.folder} is there: give --resume, or another --output_dir")
@@ -38,8 +38,8 @@ class Checkpoints:
         SIGTERM or SIGINT waits for the end of the step, the same one again does not."""
         self.engines, self.ema = engines, ema
         if self.start:
-            for name, trained in engines.items():              # False: frozen weights are not there
-                opened(trained.load_checkpoint, str(self.start), "the checkpoint in", name, False)
+            for name, trained in engines.items():
+                opened(trained.load_checkpoint, self.start, "the checkpoint in", name, self.whole)
             state = self._load(engine.rank())
             for shadow, average in zip(ema.shadow if ema else (), state["ema"]):
                 shadow.copy_(average)
@@ -71,7 +71,7 @@ class Checkpoints:
                             torch.cuda.get_rng_state_all())}
         torch.save(state, new / f"rank{engine.rank()}.pt")
         for name, trained in self.engines.items():                        # all ranks wait for all
-            trained.save_checkpoint(new, name, save_latest=False, exclude_frozen_parameters=True)
+            trained.save_checkpoint(str(new), name, {}, False, not self.whole)   # else no frozen
         engine.on_rank_zero(lambda: self._publish(new, self.folder / f"step{step}"))
     def _publish(self, new, final):
         for path in [*new.rglob("*"), new]:

@@ -70,7 +70,7 @@ def products_rate(dtype):
     timer = benchmark.Timer("x @ x", globals=locals(), num_threads=torch.get_num_threads())
     return 2 * 2048 ** 3 / timer.timeit(8).mean / 1e12                          # it warms up first
 
-def train_engine(model, args, name, micro_batch, total_steps):
+def train_engine(model, args, name, micro_batch, steps):
     """A DeepSpeed engine with adapters, AdamW (no decay for biases and norms) and a Transformers
     schedule, as the flags say; name: what this model's begin with (step 3: actor_, critic_)."""
     transformers.set_seed(args.seed)                              # adapters are alike on all ranks
@@ -99,25 +99,24 @@ def train_engine(model, args, name, micro_batch, total_steps):
         if weight.requires_grad:
             rate = of("lora_learning_rate" if ".lora_" in weight_name else "learning_rate") * scale
             groups[1e-7 if ramp else rate, of("weight_decay") * (weight.ndim >= 2)].append(weight)
-    adam = partial(optim.AdamW, fused=True) if args.optim == "adamw" else \
+    kind = partial(optim.AdamW, fused=True) if args.optim == "adamw" else \
         importlib.import_module("bitsandbytes").optim.AdamW8bit
-    optimizer = adam([{"params": weights, "lr": rate, "weight_decay": decay}
-                      for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
-    least = {"min_lr_rate": args.min_lr_ratio} if "min_lr" in args.lr_scheduler_type else {}
-    schedule = optim.lr_scheduler.ExponentialLR(optimizer, 1e7 ** (1 / total_steps)) if ramp else \
-        transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps,
-                                   total_steps, least)
+    adam = kind([{"params": weights, "lr": rate, "weight_decay": decay}
+                 for (rate, decay), weights in groups.items()], betas=(0.9, args.adam_beta2))
+    end = {"min_lr_rate": args.min_lr_ratio} if "min_lr" in args.lr_scheduler_type else {}
+    schedule = optim.lr_scheduler.ExponentialLR(adam, 1e7 ** (1 / steps)) if ramp else \
+        transformers.get_scheduler(args.lr_scheduler_type, adam, args.num_warmup_steps, steps, end)
     config = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
               **_memory(dtype, stage, args.offload, micro_batch), "gradient_accumulation_steps":
               args.gradient_accumulation_steps, "gradient_clipping": args.max_grad_norm,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"}}
-    start = lambda _: deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
+    start = lambda _: deepspeed.initialize(model=model, optimizer=adam, lr_scheduler=schedule,
                                            config=config)[0]
+    path = os.path.abspath(args.deepspeed_config or ".")
     if args.deepspeed_config:
-        path = os.path.abspath(args.deepspeed_config)
         _merge(config, opened(lambda p: {**json.load(open(p))}, path, "the JSON object in"), path)
-    engine = opened(start, path, "an engine by") if args.deepspeed_config else start(None)
+    engine = opened(start, path, "DeepSpeed's engine, in")
     transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
     engine.enable_backward_allreduce = stage > 0 or world_size() > 1      # else copies, for nothing
     engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work

@@ -36,7 +36,6 @@ def add(model, rank, alpha, modules, only):
     if not all(any(part in name for name in linears) for part in parts):
         raise InputError(f"--lora_module_name {modules} is in no linear layer's name: choose parts "
                          f"of names such as {', '.join([*linears][:3])}")
-    model.apply(lambda m: setattr(m, "support_avx512bf16_for_cpu", False))   # it stops gradients
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and (not only or "score." in name))
     for name, base in chosen.items():

@@ -163,6 +163,8 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
     config.num_labels, limit = 1, getattr(config, "max_position_embeddings", length)
     if length > limit:
         raise InputError(f"--max_*_len: {length} tokens exceed the {limit}-token context of {path}")
+    if getattr(config, "quantization_config", None) or in_4bit and "gpt2" in config.model_type:
+        raise InputError(f"{path}: give weights that are not quantised, and for 4 bits no GPT-2")
     if path == "toy":
         model, fresh = kind.from_config(config, dtype=dtype), True
     else:
@@ -171,6 +173,7 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
         model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=
                                dtype, trust_remote_code=False, output_loading_info=True,
                                ignore_mismatched_sizes=True, quantization_config=nf4)
+        model.apply(lambda m: setattr(m, "support_avx512bf16_for_cpu", False))    # no gradients
         fresh, heads = report["missing_keys"], ("score.", "lm_head.", "embed_out.")
         for how in ("missing", "unexpected"):
             bad = sorted(n for n in report[f"{how}_keys"] if not (new_head and n.startswith(heads)))

@@ -282,7 +282,7 @@ class Run:
     def read(self, name):
         return (self.folder / name).read_text()
 
-    def until(self, happened, seconds=40):
+    def until(self, happened, seconds=240):
         """What `happened` returns, when that is something."""
         end = time.time() + seconds
         while not (found := happened()):
@@ -295,7 +295,7 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def codes(self, seconds=40):
+    def codes(self, seconds=240):
         self.until((self.folder / "codes").exists, seconds)
         return json.loads(self.read("codes"))
 

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 
+import bitsandbytes  # noqa: F401 (loaded here: it is no part of a step)
 import torch
 
 import train_sft
@@ -34,6 +35,8 @@ def measured(path, args):
     gc.collect()
     before = megabytes("VmRSS")
     model = models.load_policy(path, TOKENIZER, args.dtype, in_4bit=args.load_in_4bit).eval()
+    for weight in model.parameters():  # not in the mapped file, all of which would count
+        weight.data = weight.data.clone()
     trained = engine.train_engine(model, args, "", ROWS, 10)
     mask, prompt = torch.ones(ROWS, RESPONSE) > 0, torch.ones(ROWS, PROMPT) > 0
     batch = {"prompt_ids": prompt.long(), "prompt_mask": prompt}

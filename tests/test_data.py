@@ -595,7 +595,7 @@ def test_concurrent_runs_build_one_cache_and_read_whole_rows(tmp_path):
     runs = [context.Process(target=_load_in_a_process, args=(args, results)) for _ in range(4)]
     for run in runs:
         run.start()
-    first, *others = [results.get(timeout=60) for _ in runs]
+    first, *others = [results.get(timeout=240) for _ in runs]
     assert all(rows == first for rows in others)
     assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing half-written is left
 

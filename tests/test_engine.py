@@ -302,7 +302,7 @@ def test_an_fp16_overflow_skips_the_step_and_counts_none(ppo, call, world, tmp_p
             {"zero_stage": 1},
             "zero_optimization.offload_optimizer.device is cpu, but flags say none",
         ),
-        ({"zero_optimization": {"reduce_bucket": 1}}, {}, "cannot load an engine by"),
+        ({"zero_optimization": {"reduce_bucket": 1}}, {}, "cannot load DeepSpeed's engine, in"),
         (
             {},
             {"lora_dim": 2, "add_eot_token": True, "end_of_conversation_token": "<end>"},

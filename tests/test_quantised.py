@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import train_ppo
 import train_rm
 import train_sft
 from rlhf import engine, lora, models
+from rlhf.log import work
 from tests.conftest import make_model, metrics, weights
 from tests.test_checkpoint import same_as_uninterrupted
 from tests.test_lora import batch_of, stirred
@@ -125,6 +127,70 @@ def test_every_policy_learns_in_four_bits(start, world, wide, ppo, call):
         assert any(not torch.equal(saved[one][name], saved[two][name]) for name in saved[0])
 
 
+def first_loss(folder):
+    return next(row["loss"] for row in metrics(folder) if "loss" in row)
+
+
+def test_what_has_no_adapter_trains_too_and_the_reference_is_a_copy_in_four_bits(
+    start, world, wide, ppo, call
+):
+    """At first, policy and reference are the same; what was precomputed in 4 bits is of 4 bits."""
+    common = {"no-only_optimize_lora": True, "max_steps": 2}
+    flags = {**start, "model_name_or_path": wide, "lora_dim": 4, **common}
+    for name, more in {
+        "away": dict(offload_reference_model=True, load_in_4bit=True),
+        "bf16": dict(dtype="bf16", reference_zero_stage=3, load_in_4bit=True),
+        "precomputed": dict(precompute_ref_logp=True, load_in_4bit=True),
+        "plain": dict(precompute_ref_logp=True),
+    }.items():
+        code, error = call(train_dpo, **flags, **more, output_dir=world["out"] / name)
+        assert code == 0, error
+        assert first_loss(world["out"] / name) == pytest.approx(math.log(2), abs=1e-6), name
+    saved, given = weights(world["out"] / "away"), weights(wide)
+    assert not torch.equal(saved["model.norm.weight"], given["model.norm.weight"])
+    assert not (world["out"] / "away" / "adapter").exists()
+
+    flags = ppo("ppo", actor_model_name_or_path=wide, actor_lora_dim=4, **common)
+    assert call(train_ppo, **flags, load_in_4bit=True)[0] == 0
+    assert abs(metrics(world["out"] / "ppo")[0]["kl"]) < 1e-6
+
+
+def test_weights_are_nf4_quantised_twice_and_adapters_have_the_models_dtype(wide):
+    model = models.load_policy(wide, models.load_tokenizer(wide), "bf16", in_4bit=True)
+    lora.add(model, 4, None, "q_proj", False)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            assert (state.quant_type, state.nested) == ("nf4", True), name
+            assert layer.compute_dtype == torch.bfloat16 and not layer.weight.requires_grad, name
+    adapters = [w for name, w in model.named_parameters() if ".lora_" in name]
+    assert adapters and all(w.dtype == torch.bfloat16 and w.requires_grad for w in adapters)
+
+
+def test_four_bit_weights_count_in_full_as_work(wide):
+    """A product takes as many operations a token whatever its weights are stored in."""
+    tokenizer, model, plain = both(wide)
+    found = [work([batch_of(tokenizer)], {m: 1})["flops_total"] for m in (model, plain)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("four", [True, False])
+def test_a_quantised_folder_and_a_gpt2_in_four_bits_are_one_sentence(
+    four, start, wide, call, world, tmp_path
+):
+    path = str(tmp_path / "given")
+    if four:
+        make_model(path, "gpt2")
+    else:
+        tokenizer = models.load_tokenizer(wide)
+        models.load_policy(wide, tokenizer, in_4bit=True).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    flags = {**start, "model_name_or_path": path, "lora_dim": 2, "output_dir": world["out"]}
+    code, error = call(train_sft, **flags, **({"load_in_4bit": True} if four else {}))
+    assert code == 1 and "give weights that are not quantised, and for 4 bits no GPT-2" in error
+    assert "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     "script,settings",
     [
@@ -157,7 +223,8 @@ def test_eight_bit_states_take_a_quarter_and_nearly_the_same_steps(stage, wide, 
     after, states = {}, {}
     for optim in ("adamw", "adamw_8bit"):
         name = f"--output_dir={world['out']}"
-        monkeypatch.setattr("sys.argv", ["x", f"--optim={optim}", f"--zero_stage={stage}", name])
+        flags = [f"--optim={optim}", f"--zero_stage={stage}", "--weight_decay=5", name]
+        monkeypatch.setattr("sys.argv", ["x", *flags, "--adam_beta2=0.7"])
         args = engine.init(train_sft.parse())
         args.lr_scheduler_type, args.learning_rate = "constant", 1e-2
         tokenizer = models.load_tokenizer(wide)

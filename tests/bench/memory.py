@@ -110,7 +110,17 @@ def build(wanted, args):
     with mock.patch.object(engine.deepspeed, "initialize", initialize):
         plain = SimpleNamespace(**{**vars(args), "optim": "adamw"})  # the other reads its numbers
         asked = engine.train_engine(model, plain, wanted.flags, wanted.rows, 1).config
+    for layer in packed(model):
+        layer.weight.requires_grad_(False)
     return model, asked["zero_optimization"]["stage"], args.offload
+
+
+def packed(model):
+    """The linear maps that --load_in_4bit quantises: all but the head."""
+    if not model.is_loaded_in_4bit:
+        return []
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if type(m) is nn.Linear and m is not head]
 
 
 def computed(model, wanted, response, bucket):
@@ -157,13 +167,11 @@ def estimate(wanted, args, ranks):
         kept, small = (computed(model, wanted, n, 0) for n in (wanted.response, 1))
     size = models.pick_dtype(args.dtype).itemsize
     shard, moments = ranks if stage else 1, 2 if args.optim == "adamw_8bit" else 8
-    head = model.get_output_embeddings() if model.is_loaded_in_4bit else None
-    linear = [m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m is not head]
-    packed = linear if model.is_loaded_in_4bit else [0]
-    peak += max(packed) * size  # one at a time in full
+    four = [layer.weight.numel() for layer in packed(model)]
+    peak += max(four, default=0) * size  # one at a time in full
     found = {
         "parameters": count,
-        "weights": (count * size - sum(packed) * (size - NF4)) / (ranks if stage == 3 else 1),
+        "weights": (count * size - sum(four) * (size - NF4)) / (ranks if stage == 3 else 1),
         "gradients": trained * size / (ranks if stage >= 2 else 1),
         # fp32 masters with ZeRO
         "optimizer": trained / shard * (moments + 4 * (stage > 0 or size < 4)),
