@@ -103,7 +103,7 @@ def work(batches, passes):
     2 a weight and token, in attention 4 * layers * width * length a token (Megatron's count)."""
     lengths = [batch["prompt_mask"].sum(1) + batch["mask"].sum(1) for batch in batches]
     def flops(module):
-        weights = sum(getattr(p, "ds_numel", p.numel() << (p.dtype.itemsize < 2))      # 4 bits: two
+        weights = sum(getattr(p, "ds_numel", p.numel()) << (p.dtype.itemsize < 2)      # 4 bits: two
                       for p in module.parameters())                                    # in a byte
         attention = 4 * module.config.num_hidden_layers * module.config.hidden_size
         return sum((length * (2 * weights + attention * length)).sum() for length in lengths)

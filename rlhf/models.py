@@ -160,11 +160,11 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
     Its embeddings grow if the tokenizer gained a token; its configs get the special ids."""
     config = toy.model_config(tokenizer) if path == "toy" else \
         opened(AutoConfig.from_pretrained, path, "the configuration of", trust_remote_code=False)
-    config.num_labels, limit = 1, getattr(config, "max_position_embeddings", length)
-    if length > limit:
+    config.num_labels, transposed = 1, config.model_type in ("gpt2", "openai-gpt")       # Conv1D's
+    if length > (limit := getattr(config, "max_position_embeddings", length)):
         raise InputError(f"--max_*_len: {length} tokens exceed the {limit}-token context of {path}")
-    if getattr(config, "quantization_config", None) or in_4bit and "gpt2" in config.model_type:
-        raise InputError(f"{path}: give weights that are not quantised, and for 4 bits no GPT-2")
+    if getattr(config, "quantization_config", None) or in_4bit and transposed:
+        raise InputError(f"{path}: give weights that are not quantised; for 4 bits no GPT-1 or -2")
     if path == "toy":
         model, fresh = kind.from_config(config, dtype=dtype), True
     else:

@@ -174,20 +174,24 @@ def test_four_bit_weights_count_in_full_as_work(wide):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("four", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "openai-gpt", None])
 def test_a_quantised_folder_and_a_gpt2_in_four_bits_are_one_sentence(
-    four, start, wide, call, world, tmp_path
+    family, start, wide, call, world, tmp_path
 ):
     path = str(tmp_path / "given")
-    if four:
+    if family:  # whose linear maps are Conv1D's
         make_model(path, "gpt2")
+        config = json.loads((tmp_path / "given" / "config.json").read_text())
+        (tmp_path / "given" / "config.json").write_text(
+            json.dumps({**config, "model_type": family})
+        )
     else:
         tokenizer = models.load_tokenizer(wide)
         models.load_policy(wide, tokenizer, in_4bit=True).save_pretrained(path)
         tokenizer.save_pretrained(path)
     flags = {**start, "model_name_or_path": path, "lora_dim": 2, "output_dir": world["out"]}
-    code, error = call(train_sft, **flags, **({"load_in_4bit": True} if four else {}))
-    assert code == 1 and "give weights that are not quantised, and for 4 bits no GPT-2" in error
+    code, error = call(train_sft, **flags, **({"load_in_4bit": True} if family else {}))
+    assert code == 1 and "give weights that are not quantised; for 4 bits no GPT-1 or -2" in error
     assert "Traceback" not in error
 
 

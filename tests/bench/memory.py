@@ -187,7 +187,7 @@ def estimate(wanted, args, ranks):
         found["CPU"] += found["weights"] * (stage == 3)
     held = found["gradients"] * (stage == 3)
     resident = found["weights"] + found["optimizer"] + held - found["CPU"]
-    gathered = size * count * (stage == 3)
+    gathered = found["weights"] * ranks * (stage == 3)
     config, heads = model.config, model.config.num_attention_heads
     cache = 2 * size * wanted.sampled * (wanted.prompt + wanted.response)  # of keys and values
     cache *= config.num_hidden_layers * getattr(config, "num_key_value_heads", heads)
