@@ -18,7 +18,7 @@ class Checkpoints:
     """--resume, --save_interval, --save_total_limit; `step` is the last one that was done."""
     def __init__(self, args):
         self.args, self.step, self.stopped, self.start = args, 0, False, None
-        self.folder, self.whole = Path(args.output_dir, "checkpoints"), not args.load_in_4bit
+        self.folder, self.nf4 = Path(args.output_dir, "checkpoints"), args.load_in_4bit
         found = self.folder / last.read_text() if (last := self.folder / "latest").exists() else \
             max(self.folder.glob("step*"), key=os.path.getmtime, default=None)
         if found and not args.resume:
@@ -39,7 +39,7 @@ class Checkpoints:
         self.engines, self.ema = engines, ema
         if self.start:
             for name, trained in engines.items():
-                opened(trained.load_checkpoint, self.start, "the checkpoint in", name, self.whole)
+                opened(trained.load_checkpoint, self.start, "the checkpoint in", name, not self.nf4)
             state = self._load(engine.rank())
             for shadow, average in zip(ema.shadow if ema else (), state["ema"]):
                 shadow.copy_(average)
@@ -70,8 +70,8 @@ class Checkpoints:
                  "random": (random.getstate(), np.random.get_state(), torch.get_rng_state(),
                             torch.cuda.get_rng_state_all())}
         torch.save(state, new / f"rank{engine.rank()}.pt")
-        for name, trained in self.engines.items():                        # all ranks wait for all
-            trained.save_checkpoint(str(new), name, {}, False, not self.whole)   # else no frozen
+        for name, model in self.engines.items():                          # all ranks wait for all
+            model.save_checkpoint(new, name, save_latest=False, exclude_frozen_parameters=self.nf4)
         engine.on_rank_zero(lambda: self._publish(new, self.folder / f"step{step}"))
     def _publish(self, new, final):
         for path in [*new.rglob("*"), new]:

@@ -87,7 +87,7 @@ def train_engine(model, args, name, micro_batch, steps):
             raise InputError("--add_eot_token's row would not train: give --no-only_optimize_lora")
         lora.add(model, dim, args.lora_alpha, of("lora_module_name"), args.only_optimize_lora)
     if args.load_in_4bit and name != "critic_" and (
-            stage == 3 or not dim or not getattr(model, "is_loaded_in_4bit", False)):
+            stage == 3 or not dim or not getattr(model, "is_quantized", False)):
         raise InputError(f"--load_in_4bit needs a trained policy, --{name}lora_dim, a stage < 3")
     if of("gradient_checkpointing"):
         for layer in model.modules():

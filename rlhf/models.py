@@ -173,7 +173,7 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
         model, report = opened(kind.from_pretrained, path, "the weights of", config=config, dtype=
                                dtype, trust_remote_code=False, output_loading_info=True,
                                ignore_mismatched_sizes=True, quantization_config=nf4)
-        model.apply(lambda m: setattr(m, "support_avx512bf16_for_cpu", False))    # no gradients
+        model.apply(lambda m: setattr(m, "support_avx512bf16_for_cpu", False))  # stops gradients
         fresh, heads = report["missing_keys"], ("score.", "lm_head.", "embed_out.")
         for how in ("missing", "unexpected"):
             bad = sorted(n for n in report[f"{how}_keys"] if not (new_head and n.startswith(heads)))

@@ -100,7 +100,7 @@ def build(wanted, args):
     kind = AutoModelForSequenceClassification if wanted.scalar else AutoModelForCausalLM
     model = kind.from_config(config, dtype=dtype)
     model = (models.ScalarModel(model) if wanted.scalar else model).eval()
-    model.is_loaded_in_4bit = args.load_in_4bit and wanted.path != "toy" and not wanted.scalar
+    model.is_quantized = args.load_in_4bit and wanted.path != "toy" and not wanted.scalar
     if wanted.flags is None:
         return model.requires_grad_(False), 3 if wanted.offload else wanted.stage, wanted.offload
 
@@ -117,7 +117,7 @@ def build(wanted, args):
 
 def packed(model):
     """The linear maps that --load_in_4bit quantises: all but the head."""
-    if not model.is_loaded_in_4bit:
+    if not model.is_quantized:
         return []
     head = model.get_output_embeddings()
     return [m for m in model.modules() if type(m) is nn.Linear and m is not head]
