@@ -271,13 +271,48 @@ def test_freed_memory_is_kept_on_cpus():
     assert int(done.stdout.split()[-1]) < 3 * 15_625, done.stderr
 
 
-def test_an_fp16_overflow_skips_the_step_and_counts_none(ppo, call, world, tmp_path):
-    """A loss scale of 2^32 overflows; the file says what no flag does."""
-    if not get_accelerator().is_fp16_supported():
-        pytest.skip("DeepSpeed has no fp16 on this device")
-    (tmp_path / "scale.json").write_text('{"fp16": {"initial_scale_power": 32, "hysteresis": 1}}')
-    flags = dict(dtype="fp16", deepspeed_config=tmp_path / "scale.json", max_steps=2, actor_lr=1e-3)
-    flags.update(lr_scheduler_type="linear", enable_ema=True, critic_lr=1e-3)
+@pytest.fixture
+def fp16(monkeypatch, tmp_path):
+    """fp16(power) -> flags of a run whose loss scale begins at 2^power; the file says what no flag
+    does.  PyTorch computes in fp16 on any CPU; DeepSpeed would ask for one that is fast at it."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+
+    def flags(power):
+        scale = {"fp16": {"initial_scale_power": power, "hysteresis": 1}}
+        (tmp_path / "scale.json").write_text(json.dumps(scale))
+        return dict(dtype="fp16", deepspeed_config=tmp_path / "scale.json")
+
+    return flags
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_fp16_run_skips_steps_until_its_scale_fits_and_then_learns(
+    fp16, start, call, world, stage
+):
+    settings = dict(start, max_steps=30, lr=5e-3, zero_stage=stage, log_interval=1)
+    found = {}
+    for dtype in (fp16(21), dict(dtype="fp32")):
+        out = world["out"] / dtype["dtype"]
+        code, error = call(train_sft, **settings, **dtype, output_dir=out)
+        assert code == 0, error
+        found[dtype["dtype"]] = [row for row in metrics(out) if "loss" in row]
+    half, full = found["fp16"], found["fp32"]
+    skipped = [0] + [row["skipped_steps"] for row in half]
+    assert 0 < skipped[-1] == skipped[10] < 10
+    steps = 0  # that were taken: only they move the schedule
+    for before, row in zip(skipped, half):
+        overflowed = row["skipped_steps"] - before
+        assert overflowed in (0, 1) and (row["grad_norm"] is None) == overflowed
+        assert row["lr"] == full[steps]["lr"]
+        steps += 1 - overflowed
+    assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-3)
+    assert half[-1]["loss"] == pytest.approx(full[steps]["loss"], rel=0.05)
+    assert full[steps]["loss"] < full[0]["loss"] - 1
+
+
+def test_an_fp16_overflow_skips_the_step_and_counts_none(fp16, ppo, call, world):
+    flags = dict(fp16(32), max_steps=2, actor_lr=1e-3, critic_lr=1e-3)
+    flags.update(lr_scheduler_type="linear", enable_ema=True)
     code, error = call(train_ppo, **ppo("fp16", **flags))
     assert code == 0, error
     rows, out = metrics(world["out"] / "fp16"), world["out"] / "fp16"
