@@ -142,16 +142,18 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
         for rows in torch.randperm(args.rows).split(args.step_rows):
             alike = rows[length[rows].argsort()].split(args.per_device_training_batch_size)
             micro_batches = [{name: x[part] for name, x in experience.items()} for part in alike]
-            denom = engine.global_denom([batch["mask"] for batch in micro_batches])
-            for batch in micro_batches:
+            blocks = next(text) if text else [None] * len(alike)
+            denom = engine.global_denom(micro_batches)
+            text_denom = engine.global_denom(blocks) if text else None
+            for batch, block in zip(micro_batches, blocks):
                 with torch.set_grad_enabled(both):
                     logp = models.policy_logprobs(actor, batch, args.temperature)           # (B, R)
                     actor_loss, metrics = policy_loss(logp, batch["old_logp"], batch["advantages"],
                                                       batch["mask"], args.clip, denom)
                     metrics["policy_loss"] = actor_loss.detach()
-                    if text is not None:   # Ouyang et al. 2022 (arXiv:2203.02155) eq. 2, last term
-                        block = next(text)             # differs: texts do not see each other
-                        unsup = -masked_mean(models.policy_logprobs(actor, block), block["mask"])
+                    if block:              # Ouyang et al. 2022 (arXiv:2203.02155) eq. 2, last term
+                        unsup = models.policy_logprobs(actor, block)     # differs: texts are apart
+                        unsup = -masked_mean(unsup, block["mask"], text_denom)
                         actor_loss = actor_loss + args.unsup_coef * unsup
                         metrics["unsup_loss"] = unsup.detach()
                 metrics["actor_grad_norm"] = engine.step(actor, actor_loss) if both else 0.0

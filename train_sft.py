@@ -24,7 +24,7 @@ def parse():
 def train_step(policy, micro_batches):
     """One optimizer step down the mean negative log-likelihood of its response tokens."""
     policy.train()
-    denom, history = engine.global_denom([batch["mask"] for batch in micro_batches]), []
+    denom, history = engine.global_denom(micro_batches), []
     for batch in micro_batches:
         loss = -masked_mean(models.policy_logprobs(policy, batch), batch["mask"], denom)
         history.append({"loss": loss.detach(), "grad_norm": engine.step(policy, loss)})

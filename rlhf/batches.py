@@ -94,7 +94,7 @@ def collate_packs(tokenizer, packs):
             "prompt_mask": seen & ~trained, "position_ids": positions}
 
 def text_stream(args, tokenizer, done=0):
-    """Endless packed batches of plain text for the unsupervised loss, if a data set is named, after
+    """Endless steps of packed plain text for the unsupervised loss, if a data set is named, after
     `done` iterations.  A text ends with eos; a long one is cut.  Its first token is its prompt."""
     name, length = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
     if name is None:
@@ -103,10 +103,9 @@ def text_stream(args, tokenizer, done=0):
     build = partial(_build_texts, path, length, args, tokenizer)
     identity = [cache.fingerprint(path), length, args.seed]
     packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
-    cut, *_ = plan(args, packs, "training", 1)
-    done *= args.ppo_epochs * args.rows // args.per_device_training_batch_size
-    endless = steps(args, packs, partial(collate_packs, tokenizer), cut, 1 << 62, done)
-    return (micro_batch for _, [micro_batch] in endless)
+    cut, *_ = plan(args, packs, "training")
+    collate, done = partial(collate_packs, tokenizer), done * args.updates
+    return (micro_batches for _, micro_batches in steps(args, packs, collate, cut, 1 << 62, done))
 
 def _build_texts(path, length, args, tokenizer, folder):
     def blocks(texts):

@@ -156,10 +156,10 @@ def reference(trained, load, args, name):
         torch.default_generator.manual_seed(args.seed)      # a fresh model, or row, as the policy's
         return frozen(load(), args, "reference", getattr(args, f"{name}zero_stage"))
 
-def global_denom(masks):
-    """What each micro-batch's sums are divided by: (valid tokens of all `masks` on all ranks) /
+def global_denom(batches):
+    """What each micro-batch's sums are divided by: (valid tokens of all of them on all ranks) /
     (micro-batches x ranks).  DeepSpeed averages gradients over these two: one mean over tokens."""
-    return gather(sum(mask.sum() for mask in masks).float()).sum() / (len(masks) * world_size())
+    return gather(sum(b["mask"].sum() for b in batches).float()).sum() / len(batches) / world_size()
 
 def step(engine, loss):
     """Backward, and the step when it is due -> the gradient's norm before clipping, else None."""

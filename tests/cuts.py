@@ -86,7 +86,11 @@ def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
         )
         rates = dict(actor_lr=1e-3, critic_lr=1e-3, actor_lora_dim=lora_dim)
         stages = dict(actor_zero_stage=stage, critic_zero_stage=stage)
-        args = parsed(train_ppo, **rows, **rates, **stages, **common)
+        texts = dict(unsupervised_dataset_name=f"{paths[0]}/texts.txt", unsup_coef=3)
+        texts.update(
+            max_prompt_seq_len=4, max_answer_seq_len=8, data_output_path=f"{paths[0]}/cache"
+        )
+        args = parsed(train_ppo, **rows, **rates, **stages, **texts, **common)
         actor = models.load_policy(paths[0], tokenizer, dtype)
         critic = models.load_scalar(paths[1], tokenizer, dtype)
         actor, critic = (
@@ -96,7 +100,7 @@ def step(kind, paths, stage, micro, dtype="fp32", lora_dim=0, **more):
         actor.eval(), critic.eval()
         engines, train = [actor, critic], partial(train_ppo.ppo_update, actor, critic)
         batch = experience(tokenizer, micro)
-        run = partial(train, batch, args)
+        run = partial(train, batch, args, text=batches.text_stream(args, tokenizer))
     else:
         module = MODULES[kind]
         args = parsed(module, lr=1e-3, zero_stage=stage, lora_dim=lora_dim, **common)
@@ -138,6 +142,9 @@ def full(trained):
 def main():
     out, *paths = [text for text in sys.argv[1:] if not text.startswith("--local_rank")]
     engine.init(parsed(train_sft))
+    if engine.rank() == 0:  # of PPO's loss of text: packs of 3 to 12 tokens
+        with open(f"{paths[0]}/texts.txt", "w") as file:
+            file.write("\n\n".join(chosen.strip() for _, chosen, _ in TEXTS for _ in range(3)))
     many, one = {1: [8, 1], 2: [4, 2]}[engine.world_size()]
     take, steps = partial(step, paths=paths), {}
     alone = engine.world_size() == 1

@@ -156,7 +156,8 @@ def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
     texts = [" ".join(f"w{i}" for i in range(n)) for n in (3, 5, 25, 1, 9)] * 20
     (tmp_path / "text.txt").write_bytes(("\r\n\r\n".join(texts) + "\n\n \n\n").encode())
     text = dict(unsupervised_dataset_config_name=None, per_device_training_batch_size=2)
-    text.update(max_prompt_seq_len=8, max_answer_seq_len=8, max_steps=1, ppo_epochs=1, rows=2)
+    text.update(max_prompt_seq_len=8, max_answer_seq_len=8, max_steps=1)
+    text.update(gradient_accumulation_steps=1, updates=1)
     args = arguments(tmp_path, unsupervised_dataset_name=str(tmp_path / "text.txt"), **text)
     tokenizer, plain = make_tokenizer(), make_tokenizer()
     for text, expected in [
@@ -174,7 +175,7 @@ def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
     )
     stream, found = batches.text_stream(args, tokenizer), []
     for _ in range(16):  # more than an epoch: 48 tokens a round of texts, 60 packs of 16
-        batch = next(stream)
+        [batch] = next(stream)
         ids = torch.cat([batch["prompt_ids"], batch["response_ids"]], 1)
         trained = torch.cat([torch.zeros(2, 1).bool(), batch["mask"]], 1)
         assert ids.shape[0] == 2 and ids.shape[1] <= 16

@@ -30,7 +30,7 @@ from tests.conftest import (
 
 COUNTED = {"loss", "grad_norm", "accuracy", "margin", "policy_loss", "value_loss", "ratio_mean"}
 COUNTED |= {"ratio_max", "clip_frac", "actor_grad_norm", "critic_grad_norm", "approx_kl"}
-COUNTED |= {"chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
+COUNTED |= {"chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "unsup_loss"}
 
 
 @pytest.fixture(scope="module")
