@@ -8,7 +8,7 @@ os.environ.update({"TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
 import datasets, torch, transformers
-from torch import distributed as dist, optim
+from torch import distributed as dist, nn, optim
 from torch.utils import benchmark, checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import lora, models
@@ -118,6 +118,9 @@ def train_engine(model, args, name, micro_batch, steps):
         _merge(config, opened(lambda p: {**json.load(open(p))}, path, "the JSON object in"), path)
     engine = opened(start, path, "DeepSpeed's engine, in")
     transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
+    def clip():                                 # fp32, ZeRO 0: DeepSpeed's own keeps no norm
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    engine.clip_fp32_gradients = clip
     engine.enable_backward_allreduce = stage > 0 or world_size() > 1      # else copies, for nothing
     engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work
     return engine
@@ -164,10 +167,7 @@ def global_denom(batches):
 def step(engine, loss):
     """Backward, and the step when it is due -> the gradient's norm before clipping, else None."""
     engine.backward(loss)
-    if not engine.is_gradient_accumulation_boundary():
-        return engine.step()                       # None: DeepSpeed still has the norm of last time
-    plain = engine.optimizer is engine.basic_optimizer           # fp32, ZeRO 0: it keeps no norm
-    norm = plain and torch.nn.utils.clip_grad_norm_(engine.parameters(), engine.gradient_clipping())
+    due = engine.is_gradient_accumulation_boundary()
     engine.step()
     return float(norm if plain else engine.get_global_grad_norm())
 

@@ -389,6 +389,28 @@ def test_one_process_alone_copies_no_gradients(world, start, call, monkeypatch):
     assert code == 0 and not reduced, error
 
 
+def test_without_zero_gradients_are_clipped_and_their_norm_before_that_is_logged(
+    world, start, call, monkeypatch
+):
+    used, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        weights = [w for group in self.param_groups for w in group["params"]]
+        used.append(torch.cat([w.grad.flatten() for w in weights]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    for limit in (0.01, 100):
+        out = world["out"] / f"{limit}"
+        accumulate = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        settings = {**start, **accumulate, "max_steps": 2, "max_grad_norm": limit, "lr": 0}
+        assert call(train_sft, **settings, output_dir=out)[0] == 0
+    clipped, free = used[:2], used[2:]
+    logged = [row["grad_norm"] for row in metrics(world["out"] / "0.01") if "loss" in row]
+    assert clipped == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert logged == pytest.approx(free, rel=1e-5) and min(free) > 0.1
+
+
 COLLECTIVES = """
 import sys, time, torch, deepspeed, train_sft
 from rlhf import engine
