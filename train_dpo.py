@@ -26,7 +26,7 @@ def parse():
     add("--eval_kl_prompts", type=flags.count, default=64, help="to sample for eval_kl [ours]")
     flags.add_training(parser, learning_rate=2e-6, warmup=10)
     parser.set_defaults(model_name_or_path="output/sft", weight_decay=0.01, max_seq_len=256,
-                        lr_scheduler_type="linear", eval_fraction=0.05)
+                        lr_scheduler_type="linear")
     return parser.parse_args()
 
 def response_logprobs(model, batch, args):
@@ -64,8 +64,8 @@ def evaluate(policy, reference, rows, collate, tokenizer, args):
     prompts = [row for row in rows.select_columns("prompt") if len(row["prompt"]) <= room]
     if reference is not None and (prompts := prompts[:args.eval_kl_prompts]):
         collate = partial(batches.collate, tokenizer, responses=())
-        with engine.whole(policy) as whole:
-            drawn = [sample(whole, p, room) for p in batches.eval_batches(prompts, collate, size)]
+        with engine.whole(policy) as model:
+            drawn = [sample(model, p, room) for p in batches.eval_batches(prompts, collate, size)]
         kl = [log_ratios(policy, reference, batch).sum(1) for batch in drawn]
         found["eval_kl"] = engine.gather_rows(torch.cat(kl), len(prompts)).mean().item()
     return found
@@ -77,7 +77,7 @@ def precomputed(policy, rows, collate, tokenizer, args):
     identity = [rows["twin"][:], args.max_seq_len, args.max_prompt_seq_len, args.length_normalized,
                 cache.fingerprint(args.model_name_or_path), policy.module.config, args.seed]
     keep = lambda to, pairs: Dataset.from_dict({"ref_logp": pairs.tolist()}).save_to_disk(to)
-    folder = cache.cached(args, tokenizer, identity, partial(keep), compute)
+    folder = cache.cached(args, tokenizer, identity, partial(keep), compute)   # it hashes its code
     return rows.add_column("ref_logp", load_from_disk(folder)["ref_logp"][:])
 
 def main():
@@ -100,7 +100,7 @@ def main():
     saved.restore({"policy": policy})
     log = Log(args, total, "loss accuracy margin lr tokens_per_second".split(), policy, saved.step)
     evaluation = partial(evaluate, policy, reference, held_out, to_batch, tokenizer, args)
-    saved.step or log.evaluation(0, evaluation())
+    if not saved.step: log.evaluation(0, evaluation())
     for step, micro_batches in batches.steps(args, train, to_batch, cut, total, saved.step):
         lr, metrics = policy.get_lr()[0], train_step(policy, reference, micro_batches, args)
         log.step(step, {**engine.reduce_metrics(metrics, step, args), "lr": lr})

@@ -64,6 +64,7 @@ def parse():
         args.critic_model_name_or_path = args.critic_model_name_or_path or "output/rm"
     args.rows = args.per_device_generation_batch_size * args.generation_batches
     args.step_rows = args.per_device_training_batch_size * args.gradient_accumulation_steps
+    if args.target_kl and not args.kl_coef: parser.error("--target_kl adapts a --kl_coef above 0")
     if args.rows % args.step_rows:
         parser.error(f"a rollout of {args.rows} rows (generation batch size x batches) does not "
                      f"divide into steps of {args.step_rows} (training batch size x accumulation)")
@@ -74,7 +75,7 @@ def parse():
 def reward_function(spec):
     """path.py:name -> that function.  InputError if the file does not run, or has none."""
     path, _, name = os.path.abspath(spec).rpartition(":")
-    return flags.opened(lambda path: runpy.run_path(path)[name], path, f"function {name} of")
+    return flags.opened(lambda p: runpy.run_path(p)[name], path or name, f"function {name} of")
 
 def function_scores(batch, tokenizer, args):
     """--reward_fn's score of each response -> (B,) fp32.  It gets lists: prompts, responses (texts
@@ -101,16 +102,16 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     start = time.perf_counter()
     settings = (args.max_answer_seq_len, args.temperature, args.top_p, args.top_k)
     with engine.whole(actor) as policy:
-        batches = [sample(policy, batch, *settings) for batch in prompts]
+        parts = [sample(policy, batch, *settings) for batch in prompts]
     sampled = time.perf_counter()
-    for batch in batches:
+    for batch in parts:
         batch["old_logp"] = models.policy_logprobs(actor, batch, args.temperature)          # (B, R)
         batch["ref_logp"] = models.policy_logprobs(reference, batch, args.temperature)      # (B, R)
         batch["old_values"] = models.state_values(critic, batch)                            # (B, R)
         batch["score"] = models.sequence_scores(reward_model, batch) if reward_model else 0.0
         if args.reward_fn:                                                                  # (B,)
             batch["score"] += args.reward_fn_weight * function_scores(batch, tokenizer, args)
-    batch = models.stack(batches, tokenizer.pad_token_id)
+    batch = models.stack(parts, tokenizer.pad_token_id)
     mask, logp, ref_logp, values = map(batch.get, ("mask", "old_logp", "ref_logp", "old_values"))
     score = batch["score"].clamp(-args.clip_reward, args.clip_reward)       # but not the penalty
     score = score - args.missing_eos_penalty * ~batch["ended"]
@@ -129,7 +130,7 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
         "advantage_mean": masked_moments(advantages, mask)[0],
         "explained_variance": 1 - error_variance / return_variance.clamp(min=1e-8),
         "eos_rate": batch["ended"].double().mean(), "response_length": mask.sum(1).double().mean(),
-        **work(batches, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
+        **work(parts, {actor: 2, reference: 1, critic: 1, reward_model: 1}),
         "seconds_generate": sampled - start, "seconds_score": time.perf_counter() - sampled}
 
 def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
@@ -167,9 +168,9 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
                 ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
-    passes = {m: args.ppo_epochs * (1, m.passes)[both or m is critic] for m in (actor, critic)}
-    return {**engine.summarise(history), "first_ratio_error_max": max(errors),
-            **work([experience], passes), "seconds_train": time.perf_counter() - start}
+    passes = {actor: actor.passes if both else 1, critic: critic.passes}
+    return {**engine.summarise(history), **work([experience] * args.ppo_epochs, passes),
+            "first_ratio_error_max": max(errors), "seconds_train": time.perf_counter() - start}
 
 def guard(step, metrics, args):
     """Stop before training on garbage.  metrics are of all ranks, so that all stop together."""
@@ -201,10 +202,10 @@ def load_models(args, tokenizer, steps):
 
 def main():
     args = engine.init(parse())
-    saved, start = checkpoint.Checkpoints(args), args.actor_model_name_or_path
-    tokenizer = models.load_tokenizer(start, args)
-    models.check_same_vocabulary(start, tokenizer, args.critic_model_name_or_path)
-    args.reward_fn and reward_function(args.reward_fn)      # before anything else is loaded
+    saved, path = checkpoint.Checkpoints(args), args.actor_model_name_or_path
+    tokenizer = models.load_tokenizer(path, args)
+    models.check_same_vocabulary(path, tokenizer, args.critic_model_name_or_path)
+    if args.reward_fn: reward_function(args.reward_fn)      # it fails before anything is loaded
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
     cut, _, total = batches.plan(args, train, "generation", args.generation_batches)
@@ -224,8 +225,8 @@ def main():
         experience, made = rollout(actor, reference, critic, reward_model, prompts, tokenizer, args)
         made = guard(step, engine.reduce_metrics(made, step), args)
         if args.target_kl and both:        # as PPO's penalty does (arXiv:1707.06347, section 4)
-            off, floor = made["kl"] / args.target_kl, args.kl_coef / 100
-            args.kl_now *= 1.5 if off > 2 else 0.8 if off < 0.5 and args.kl_now > floor else 1
+            off, least = made["kl"] / args.target_kl, args.kl_coef / 100
+            args.kl_now = max(least, args.kl_now * (1.5 if off > 2 else 0.8 if off < 0.5 else 1))
         updated = ppo_update(actor, critic, experience, args, ema, text, both)
         updated = engine.reduce_metrics(updated, step, args)
         made["flops_total"] += updated["flops_total"]

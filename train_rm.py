@@ -40,7 +40,7 @@ def main():
     log = Log(args, total, "loss accuracy margin lr tokens_per_second".split(), model, saved.step)
     evaluation = partial(preferences, partial(models.sequence_scores, model), held_out, to_batch,
                          args.per_device_eval_batch_size, "score")
-    saved.step or log.evaluation(0, evaluation())
+    if not saved.step: log.evaluation(0, evaluation())
     for step, micro_batches in batches.steps(args, train, to_batch, cut, total, saved.step):
         lr, metrics = model.get_lr()[0], train_step(model, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics, step, args), "lr": lr})

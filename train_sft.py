@@ -48,7 +48,7 @@ def main():
     log = Log(args, total, "loss grad_norm lr tokens_per_second".split(), policy, saved.step)
     evaluation = lambda: {"eval_perplexity": perplexity(
         policy, held_out, to_eval_batch, args.per_device_eval_batch_size)}
-    saved.step or log.evaluation(0, evaluation())
+    if not saved.step: log.evaluation(0, evaluation())
     for step, micro_batches in batches.steps(args, train, to_batch, cut, total, saved.step):
         lr, metrics = policy.get_lr()[0], train_step(policy, micro_batches)
         log.step(step, {**engine.reduce_metrics(metrics, step, args), "lr": lr})

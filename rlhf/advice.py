@@ -3,24 +3,24 @@ from rlhf import engine
 from rlhf.args import InputError
 from rlhf.log import say
 
-WHOSE, DSC, HERE = ("", "actor_", "critic_"), "DeepSpeed-Chat's recipe", "common practice"
+WHOSE, DSC, FIELD = ("", "actor_", "critic_"), "DeepSpeed-Chat's recipe", "common practice"
 RULES = {                                                         # what, from, to, by whom
-    "sft": (("learning_rate", 9.65e-6, 5e-5, HERE), ("effective_batch", 32, 128, HERE),
+    "sft": (("learning_rate", 9.65e-6, 5e-5, FIELD), ("effective_batch", 32, 128, FIELD),
             ("lora_learning_rate", 5e-5, 5e-4, "rank 8-16: 1e-4 to 5e-4, 32-64: 5e-5 to 2e-4"),
             ("weight_decay", 0, 0, DSC), ("num_train_epochs", 2, 16, DSC)),
-    "rm": (("learning_rate", 3e-6, 5e-5, HERE), ("effective_batch", 32, 64, HERE),
+    "rm": (("learning_rate", 3e-6, 5e-5, FIELD), ("effective_batch", 32, 64, FIELD),
            ("weight_decay", 0.1, 0.1, DSC), ("num_train_epochs", 1, 1, DSC)),
-    "dpo": (("learning_rate", 2e-6, 2e-5, HERE), ("lora_learning_rate", 5e-5, 2e-4, HERE),
+    "dpo": (("learning_rate", 2e-6, 2e-5, FIELD), ("lora_learning_rate", 5e-5, 2e-4, FIELD),
             ("beta", 0.01, 0.5, "clean pairs 0.1-0.3, AI labels 0.05-0.1, noisy 0.01-0.05"),
-            ("effective_batch", 16, 64, HERE)),
-    "ppo": (("actor_learning_rate", 1e-6, 1e-5, HERE), ("critic_learning_rate", 5e-6, 1e-4, HERE),
-            ("actor_lora_learning_rate", 1e-5, 5e-5, HERE), ("effective_batch", 16, 64, HERE),
+            ("effective_batch", 16, 64, FIELD)),
+    "ppo": (("actor_learning_rate", 1e-6, 1e-5, FIELD), ("critic_learning_rate", 5e-6, 1e-4, FIELD),
+            ("actor_lora_learning_rate", 1e-5, 5e-5, FIELD), ("effective_batch", 16, 64, FIELD),
             ("kl_coef", 0.01, 2, "0.01 loose, 0.5 to 2 tight"), ("rollout_batches", 1, 1, DSC),
             ("actor_weight_decay", 0, 0, DSC), ("critic_weight_decay", 0, 0, DSC),
             ("num_train_epochs", 1, 1, DSC), ("ppo_epochs", 1, 1, DSC), ("enable_ema", 1, 1, DSC))}
-COMMON = (("warmup_share", 0.05, 0.1, HERE), ("max_grad_norm", 0.5, 1, HERE), *(
+COMMON = (("warmup_share", 0.05, 0.1, FIELD), ("max_grad_norm", 0.5, 1, FIELD), *(
     (whose + name, *rule) for whose in WHOSE for name, *rule in (
-        ("lora_dim", 4, 64, HERE), ("lora_alpha_over_rank", 2, 2, "QLoRA"))))
+        ("lora_dim", 4, 64, FIELD), ("lora_alpha_over_rank", 2, 2, "QLoRA"))))
 
 def check(args, step, total):
     """Say the effective batch of a run of `total` optimizer steps and which RULES it breaks: none

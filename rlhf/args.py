@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         add_run(self, output_dir)
     def parse_args(self, *args, **kwargs):
         parsed, unknown = self.parse_known_args(*args, **kwargs)
-        for text in sorted(unknown, key=lambda text: text[:1] != "-"):          # flags come first
+        for text in sorted(unknown, key=lambda text: text[:1] != "-")[:1]:     # a flag, if any is
             self.error(f"{text} is unknown: see --help, or README's table for DeepSpeed-Chat's")
         instructions = getattr(parsed, "sft_only_data_path", None)
         if instructions and parsed.data_path is self.get_default("data_path"):

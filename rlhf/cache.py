@@ -36,8 +36,8 @@ def cached(args, tokenizer, identity, build, compute=None):
 
 def fingerprint(path):
     """A data set's name, and the name, size and time of each of its files here."""
-    files = [file for file in (Path(path), *sorted(Path(path).rglob("*"))) if file.is_file()]
-    return path, [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    found = [file for file in (Path(path), *sorted(Path(path).rglob("*"))) if file.is_file()]
+    return path, [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in found]
 
 def collect(rows, cache_dir, **kinds):
     """An iterator of dicts -> a Dataset on disk with columns of these kinds."""
@@ -54,4 +54,4 @@ def tokenised(texts, function, args, **kinds):
     """The Dataset that the function makes of batches of texts, on several processes."""
     workers = min(args.preprocessing_num_workers, 1 + len(texts) // 5000)
     return texts.map(function, batched=True, load_from_cache_file=False, features=_features(kinds),
-                     num_proc=workers * (workers > 1) or None, remove_columns=texts.column_names)
+                     num_proc=workers if workers > 1 else None, remove_columns=texts.column_names)

@@ -28,7 +28,7 @@ class Checkpoints:
             if not (self.start / "rank0.pt").exists():
                 raise InputError(f"--resume {args.resume}: there is no checkpoint in {self.start}")
             self.step, then = map(self._load(0).get, ("step", "flags"))
-            args.kl_now = then.get("kl_now")                    # as --target_kl had adapted it
+            if "kl_now" in then: args.kl_now = then["kl_now"]   # as --target_kl had adapted it
             other = [f"--{name} {then.get(name)} (now {value})"
                      for name, value in self._flags().items() if then.get(name) != value]
             if other:
@@ -44,8 +44,8 @@ class Checkpoints:
             for shadow, average in zip(ema.shadow if ema else (), state["ema"]):
                 shadow.copy_(average)
             python, numpy, plain, cuda = state["random"]
-            random.setstate(python), np.random.set_state(numpy)
-            torch.set_rng_state(plain), torch.cuda.set_rng_state_all(cuda)
+            random.setstate(python), np.random.set_state(numpy), torch.set_rng_state(plain)
+            torch.cuda.set_rng_state_all(cuda[:torch.cuda.device_count()])
         def stop(number, _):
             signal.signal(number, signal.SIG_IGN)       # a launcher that got it too passes it on
             time.sleep(1)
@@ -81,7 +81,7 @@ class Checkpoints:
             final.rename(new / "replaced")
         new.rename(final)
         write_text(self.folder / "latest", final.name), shutil.rmtree(final / "replaced", True)
-        kept = sorted(self.folder.glob("step*"), key=os.path.getmtime)[-self.args.save_total_limit:]
-        [shutil.rmtree(path) for path in self.folder.glob("step*") if path not in (final, *kept)]
+        old = sorted(self.folder.glob("step*"), key=os.path.getmtime)[:-self.args.save_total_limit]
+        for path in {*old} - {final}: shutil.rmtree(path.rename(new))      # a kill leaves no half
     _flags = lambda self: {"ranks": engine.world_size(), **{
         name: value for name, value in vars(self.args).items() if name not in FREE}}

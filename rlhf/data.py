@@ -106,11 +106,11 @@ def load(args, tokenizer, phase, max_prompt=None):
     train, held_out = (concatenate_datasets([p[s] for p in parts]) for s in ("train", "held_out"))
     if args.dedup_prompts:
         firsts = lambda rows: np.sort(np.unique(cache.column(rows, "twin"), return_index=True)[1])
-        given = len(train) + len(held_out)
+        before = len(train) + len(held_out)
         train, held_out = train.select(firsts(train)), held_out.select(firsts(held_out))
         own = np.flatnonzero(~np.isin(cache.column(train, "key"), cache.column(held_out, "key")))
-        if (kept := len(own) + len(held_out)) < given:
-            say(f"{given - kept} rows left out: repeated, or to train on a prompt that is held out")
+        if (kept := len(own) + len(held_out)) < before:
+            say(f"{before - kept} rows left out: repeated, or to train on a held-out prompt")
             train = train.select(own)
     if not train:
         raise InputError("no training rows are left: hold out others, or --no-dedup_prompts")
@@ -160,12 +160,12 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
         for row, where in stream:
             if (columns := tuple(row)) not in layouts:
                 layouts[columns] = layout_of(name, row, where)
-            reason, prompt, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
-            if files.half_surrogate("".join((prompt, *texts))):
+            reason, asked, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
+            if files.half_surrogate("".join((asked, *texts))):
                 raise InputError(f"{where}: a text holds half a surrogate pair: repair it")
-            key = number(str(args.seed), prompt if args.dedup_prompts else where)
+            key = number(str(args.seed), asked if args.dedup_prompts else where)
             yield {**dict(zip(("prompt", "chosen", "rejected"), texts)),
-                   "reason": render.REASONS.index(reason), "key": key if prompt else 0,
+                   "reason": render.REASONS.index(reason), "key": key if asked else 0,
                    "twin": number(*texts), "bayes": row["bayes"] if name == "toy" else None,
                    "row": json.dumps(row, default=str) if phase == 3 else ""}
     return cache.collect(rows(), cache_dir, prompt="string", chosen="string", rejected="string",
@@ -184,7 +184,7 @@ def inspect_data():
     args = parser.parse_args()
     engine.prepare(args.log_level)
     tokenizer = models.load_tokenizer(args.tokenizer, args)
-    rows, _ = load(args, tokenizer, args.phase, [None, args.max_prompt_seq_len][args.phase == 3])
+    rows, _ = load(args, tokenizer, args.phase, {3: args.max_prompt_seq_len}.get(args.phase))
     names = list(COLUMNS)[:render.NEEDED[args.phase]]
     tokens = rows.select_columns(names).to_pandas().map(len).describe([.05, .25, .5, .75, .95])
     print(f"\ntokens:\n{tokens.round(1)}\ncut off: {np.mean(rows['cut']):.1%} of rows")

@@ -25,7 +25,7 @@ gather_rows = lambda values, total: gather(values).transpose(0, 1).flatten(0, 1)
 
 def init(args):
     """Join the other processes, if any; seed everything -> args."""
-    args.output_dir += "/lr_range_test" * bool(args.lr_range_test)    # models of a ramp are ruins
+    args.output_dir += "/lr_range_test" if args.lr_range_test else ""  # models of a ramp are ruins
     check_writable(args.output_dir)
     if (args.load_in_4bit or "8bit" in args.optim) and not importlib.util.find_spec("bitsandbytes"):
         raise InputError("--load_in_4bit and --optim adamw_8bit need pip install -e '.[4bit]'")
@@ -91,7 +91,7 @@ def train_engine(model, args, name, micro_batch, steps):
         raise InputError(f"--load_in_4bit needs a trained policy, --{name}lora_dim, a stage < 3")
     if of("gradient_checkpointing"):
         for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):    # its own way needs dropout's mode
+            if isinstance(layer, GradientCheckpointingLayer):    # Transformers': in train() only
                 layer.forward = partial(checkpoint.checkpoint, layer.forward, use_reentrant=False)
     scale = lr_scale(args, micro_batch * args.gradient_accumulation_steps * world_size())
     groups, ramp = defaultdict(list), args.lr_range_test
@@ -111,17 +111,16 @@ def train_engine(model, args, name, micro_batch, steps):
               args.gradient_accumulation_steps, "gradient_clipping": args.max_grad_norm,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"}}
-    start = lambda _: deepspeed.initialize(model=model, optimizer=adam, lr_scheduler=schedule,
-                                           config=config)[0]
-    path = os.path.abspath(args.deepspeed_config or ".")
-    if args.deepspeed_config:
+    start = lambda *_: deepspeed.initialize(model=model, optimizer=adam, lr_scheduler=schedule,
+                                            config=config)[0]
+    if path := args.deepspeed_config and os.path.abspath(args.deepspeed_config):
         _merge(config, opened(lambda p: {**json.load(open(p))}, path, "the JSON object in"), path)
-    engine = opened(start, path, "DeepSpeed's engine, in")
+    engine = opened(start, path, "DeepSpeed's engine, in") if path else start()
     transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
+    engine.enable_backward_allreduce = stage > 0 or world_size() > 1      # else copies, for nothing
     def clip():                                 # fp32, ZeRO 0: DeepSpeed's own keeps no norm
         engine._global_grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     engine.clip_fp32_gradients = clip
-    engine.enable_backward_allreduce = stage > 0 or world_size() > 1      # else copies, for nothing
     engine.passes = 4 if of("gradient_checkpointing") else 3      # a backward is two forwards' work
     return engine
 
@@ -169,14 +168,13 @@ def step(engine, loss):
     engine.backward(loss)
     due = engine.is_gradient_accumulation_boundary()
     engine.step()
-    return float(norm if plain else engine.get_global_grad_norm())
+    return float(engine.get_global_grad_norm()) if due else None     # else it is the last step's
 
 @contextlib.contextmanager
 def whole(engine):
     """The engine's plain module with all parameters in place: ZeRO-3 gathers them once."""
-    if engine.zero_optimization_stage() < 3:
-        return (yield engine.module)
-    with deepspeed.zero.unwrap_model_for_generation(engine):
+    zero3 = engine.zero_optimization_stage() == 3
+    with deepspeed.zero.unwrap_model_for_generation(engine) if zero3 else contextlib.nullcontext():
         yield engine.module
 
 def save(engine, tokenizer, path):

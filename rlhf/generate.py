@@ -64,7 +64,7 @@ def reordered(model):
         yield
     finally:
         torch.set_float32_matmul_precision(precision), torch.backends.cuda.enable_flash_sdp(True)
-        [vars(m).pop("forward", None) for m in linears]
+        for m in linears: vars(m).pop("forward", None)
 
 class Room(StaticLayer):
     """Keys and values written into room for all, of which only the written part is shown."""

@@ -72,23 +72,23 @@ class ScalarModel(nn.Module):
 
 def policy_logprobs(model, batch, temperature=1.0):
     """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, and only the response is projected."""
-    ids, mask, back = _close(batch)
+    ids, mask, back = _flush_right(batch)
     net, R = getattr(model, "module", model), batch["mask"].shape[1]
     where = _apart(net, batch["position_ids"]) if "position_ids" in batch else places(net, mask)
-    before = torch.arange(ids.shape[1] - 1, device=ids.device)[-R:]   # of a slice matmul copies W
+    before = torch.arange(ids.shape[1] - 1, device=ids.device)[-R:]   # a slice: matmul would copy W
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=before, **where).logits
     return back(token_logprobs(logits, ids[:, before + 1], temperature))        # of (B, R, V)
 
 def state_values(model, batch):
     """V(x, y_<t) of a batch -> (B, R) fp32: the critic's output before each response token."""
-    ids, mask, back = _close(batch)
+    ids, mask, back = _flush_right(batch)
     return back(model(ids, mask)[:, :-1])
 
 def sequence_scores(model, batch):
     """The reward model's score of each row, read at its last real token -> (B,) fp32."""
-    return model(*_close(batch)[:2])[:, -1]
+    return model(*_flush_right(batch)[:2])[:, -1]
 
-def _close(batch):
+def _flush_right(batch):
     """-> ids, mask (B, t): all rows end in the last column, and padding that all have is left out;
     a function that puts the last R columns, (B, R), back to where a batch's responses are."""
     ids = torch.cat([batch["prompt_ids"], batch["response_ids"]], 1)                    # (B, P + R)
@@ -111,7 +111,7 @@ def save_model(model, tokenizer, path, state=None):
     """Write weights, configs, tokenizer to a temporary folder in `path`, then move them there: an
     interrupted save leaves the previous model.  `state`: weights that are sharded.  Adapters are
     merged, and written to `path`/adapter if nothing else was trained."""
-    getattr(model, "is_quantized", False) and model.cpu().dequantize()
+    if getattr(model, "is_quantized", False): model.cpu().dequantize()
     classifier, state = getattr(model, "classifier", model), state or model.state_dict()
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as folder:

@@ -78,7 +78,7 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
     for message in sum(talks, before):
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)
                 and isinstance(message.get("content"), str)):
-            raise InputError(f"{where}: a message must be texts role and content: {message!s:.80}")
+            raise InputError(f"{where}: a message needs texts role and content: {message!s:.80}")
     contexts = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks if talk]
     context = (contexts or [before])[0]
     if contexts and context != contexts[-1]:

@@ -107,6 +107,28 @@ def test_pairs_sharded_and_killed_leave_the_same_bytes(world, start, fork, scrip
 # what --resume refuses
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_it(
+    start, call, monkeypatch, world
+):
+    settings = dict(start, output_dir=world["out"], save_interval=1, save_total_limit=2)
+    remove = shutil.rmtree
+
+    def die(path, *rest, **how):
+        if not os.path.exists(os.path.join(path, "rank0.pt")):
+            return remove(path, *rest, **how)
+        os.remove(os.path.join(path, "rank0.pt"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", die)
+        assert call(train_sft, **settings, max_steps=3)[0] == 1
+    folders = sorted((world["out"] / "checkpoints").glob("step*"))
+    assert [folder.name for folder in folders] == ["step2", "step3"]
+    assert all((folder / "rank0.pt").exists() for folder in folders)
+    code, error = call(train_sft, **settings, max_steps=3, resume=True)
+    assert code == 0, error
+
+
 def test_resume_names_what_differs_and_what_is_missing(world, start, fork):
     flags = dict(start, output_dir=world["out"] / "run", save_interval=1, max_steps=4)
     assert "--resume latest: there is no checkpoint in" in (

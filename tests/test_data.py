@@ -16,7 +16,11 @@ from tokenizers import Tokenizer, models as tokenizer_models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import data, files, models, render
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from rlhf import data, evaluate, files, models, render
 from rlhf.args import InputError
 from tests.conftest import ROOT, SHARED, arguments, make_tokenizer, rows_of, write_jsonl
 
@@ -263,7 +267,7 @@ def test_messages_follow_the_tokenizers_chat_template():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match="here: the chat template refuses it: roles must alt"):
         rendered("", {"messages": talk}, 1, tokenizer)
-    with pytest.raises(InputError, match="here: a message must be texts role and content"):
+    with pytest.raises(InputError, match="here: a message needs texts role and content"):
         rendered("", {"messages": [{"from": "human", "value": "x"}]}, 1)
 
 
@@ -395,7 +399,7 @@ def test_no_prompt_is_both_trained_on_and_held_out_whichever_data_set_it_comes_f
     train, held_out = data.load(args, make_tokenizer(), 2)
     assert not prompts_of(train) & prompts_of(held_out)
     # 3 twice in each, 10 in both; and 15 of the others
-    assert "31 rows left out: repeated, or to train on a prompt" in capsys.readouterr().out
+    assert "31 rows left out: repeated, or to train on a held-out prompt" in capsys.readouterr().out
     assert len(held_out) == 15 and len(train) == 90 - 15
     args.dedup_prompts = False
     assert len(data.load(args, make_tokenizer(), 2)[0]) == 106
@@ -481,6 +485,26 @@ def test_pairs_that_are_alike_once_cut_are_left_out():
     rows = rows_of(make_tokenizer(), texts, 8)
     assert len(rows) == 1 and len(rows_of(make_tokenizer(), texts, 16)) == 2
     assert len(rows_of(make_tokenizer(), [("w3", same)], 8)) == 1
+
+
+@pytest.mark.parametrize("split", ["2,4,4", "5,5,0"])
+def test_by_default_no_step_trains_on_what_the_evaluation_holds_out(tmp_path, monkeypatch, split):
+    path = write_jsonl(tmp_path / "p.jsonl", pairs(400))
+    monkeypatch.setattr(sys, "argv", ["x", f"--data_path={path}", f"--data_split={split}"])
+    tokenizer, prompts = make_tokenizer(), {}
+    steps = [(evaluate, 1), (train_sft, 1), (train_rm, 2), (train_dpo, 2), (train_ppo, 3)]
+    for module, phase in steps if split == "2,4,4" else steps[:4]:
+        args = module.parse()
+        args.data_output_path, args.max_seq_len = str(tmp_path / "cache"), 32
+        prompts[module] = [
+            {tuple(prompt) for prompt in part["prompt"]}
+            for part in data.load(args, tokenizer, phase)
+        ]
+    _, held_out = prompts.pop(evaluate)
+    assert len(held_out) == 40
+    for trained, own in prompts.values():
+        assert own == held_out and not trained & held_out
+    assert prompts[train_rm] == prompts[train_dpo]
 
 
 def test_evaluation_takes_its_share_of_every_data_set(tmp_path):
@@ -639,7 +663,7 @@ BROKEN = {
     ),
     "list.jsonl": (
         GOOD + b'{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n',
-        "list.jsonl, line 2: a message must be",
+        "list.jsonl, line 2: a message needs",
     ),
     "alike.jsonl": (
         b"".join(b'{"prompt": "%d", "chosen": "c", "rejected": "c"}\n' % i for i in range(20)),

@@ -59,9 +59,9 @@ def test_rollouts_that_see_the_padding(switch, toy, monkeypatch):
 def test_the_first_token_is_hidden_from_every_forward(switch, toy):
     policy, _, prompts = toy
     batch = generate.sample(policy, prompts, 4)
-    ids, before, _ = models._close(batch)
+    ids, before, _ = models._flush_right(batch)
     switch(divergence.first_token_masked)
-    fewer, after, _ = models._close(batch)
+    fewer, after, _ = models._flush_right(batch)
     assert (before.sum(1) == after.sum(1) + 1).all()
     for row, mask, left, seen in zip(ids, before, fewer, after):
         assert row[mask > 0].tolist()[1:] == left[seen > 0].tolist()

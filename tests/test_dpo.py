@@ -260,7 +260,7 @@ def test_the_defaults_are_the_published_recipe_and_every_help_names_its_source(m
         flags.Parser, "parse_args", lambda p: parsers.append(p) or parse_args(p, [])
     )
     recipe = dict(learning_rate=2e-6, beta=0.5, lr_scheduler_type="linear", num_warmup_steps=10)
-    recipe.update(weight_decay=0.01, eval_fraction=0.05, label_smoothing=0.0, loss_type="sigmoid")
+    recipe.update(weight_decay=0.01, label_smoothing=0.0, loss_type="sigmoid")
     assert recipe.items() <= vars(train_dpo.parse()).items()
     for action in parsers[0]._actions[1:]:
         assert action.help.endswith("]") and "[" in action.help, action.option_strings

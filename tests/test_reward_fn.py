@@ -122,6 +122,8 @@ def test_a_file_that_cannot_serve_is_one_sentence(world, ppo, call, tmp_path, co
     assert code == 1 and "cannot load function f of" in error and expected in error
     code, error = call(train_ppo, **{**missing, "reward_fn": tmp_path / "none.py:f"})
     assert code == 1 and "none.py: there is no such file" in error
+    code, error = call(train_ppo, **{**missing, "reward_fn": tmp_path / "bad.py"})
+    assert code == 1 and f"cannot load function {tmp_path}/bad.py of {tmp_path}/bad.py" in error
 
 
 def test_another_end_token_needs_no_second_model_to_agree(world, ppo, call, function):

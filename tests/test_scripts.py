@@ -240,9 +240,9 @@ def test_target_kl_raises_the_coefficient_above_twice_it_and_lowers_it_below_hal
     assert code == 0, error
     expected = [0.02]
     for factor in (1.5, 1, 1, 1, 0.8, 1.5, *[0.8] * 26):
-        expected.append(expected[-1] * (factor if expected[-1] > 0.0002 else 1))
+        expected.append(max(expected[-1] * factor, 0.0002))
     found = [row["kl_coef"] for row in metrics(world["out"] / "adaptive")]
-    assert found == pytest.approx(expected) and found[-1] == found[-2] < 0.0002
+    assert found == pytest.approx(expected) and found[-1] == found[-2] == 0.0002
 
 
 def test_a_critic_that_warms_up_moves_alone_and_the_actors_schedule_waits(
@@ -542,6 +542,7 @@ def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, fork,
         (train_sft, "--seed 5000000000", "must be a whole number below 2^31"),
         (train_ppo, "stray", "stray is unknown"),
         (train_sft, "--packing --group_by_length", "no padding for --group_by_length to save"),
+        (train_ppo, "--target_kl 1 --kl_coef 0", "--target_kl adapts a --kl_coef above 0"),
     ],
 )
 def test_a_bad_flag_is_one_sentence_and_exit_code_2(call, script, arguments, expected):
@@ -639,7 +640,7 @@ def test_the_real_language_model_and_real_pairs_go_through_all_three_steps(call,
 def test_the_micro_batches_of_a_ppo_step_are_alike_in_length(ppo, call, monkeypatch):
     """So many positions are computed as the sorted lengths say, in two steps of four micro-batches,
     for actor and critic."""
-    close, update, widths, lengths = train_ppo.models._close, train_ppo.ppo_update, [], []
+    close, update, widths, lengths = train_ppo.models._flush_right, train_ppo.ppo_update, [], []
 
     def closed(batch):
         result = close(batch)
@@ -652,7 +653,7 @@ def test_the_micro_batches_of_a_ppo_step_are_alike_in_length(ppo, call, monkeypa
         return update(actor, critic, experience, *rest, **more)
 
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
-    monkeypatch.setattr(train_ppo.models, "_close", closed)
+    monkeypatch.setattr(train_ppo.models, "_flush_right", closed)
     monkeypatch.setattr(train_ppo, "ppo_update", updated)
     flags = ppo("sorted", max_steps=1, per_device_training_batch_size=2)
     flags.update(gradient_accumulation_steps=4, data_split="0,0,1")

@@ -59,14 +59,14 @@ def eos_suppressed(patch, modules, **_):
 
 def first_token_masked(patch, modules, **_):
     """The first token of a prompt (for OPT its bos) is hidden in training, but not in rollouts."""
-    plain = modules["models"]._close
+    plain = modules["models"]._flush_right
 
     def close(batch):
         seen = batch["prompt_mask"]
         first = (seen.cumsum(1) == 1) & seen
         return plain({**batch, "prompt_mask": seen & ~first})
 
-    patch("models._close", close)
+    patch("models._flush_right", close)
 
 
 def dropout(patch, modules, **_):

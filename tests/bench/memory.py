@@ -145,7 +145,7 @@ def computed(model, wanted, response, bucket):
         torch.cat([batch[f"prompt_{n}"], batch[m]], 1).long()
         for n, m in (("ids", "response_ids"), ("mask", "mask"))
     )
-    unpadded = mock.patch.object(models, "_close", lambda _: (ids, seen, lambda x: x))
+    unpadded = mock.patch.object(models, "_flush_right", lambda _: (ids, seen, lambda x: x))
     with unpadded, torch.set_grad_enabled(bool(trained)), Live(model.parameters()) as live:
         read = models.state_values if wanted.scalar else models.policy_logprobs
         out = read(model, batch).sum()
