@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from tests.bench.bench_ppo import common, make, ratio, result, shape  # noqa: E402
 
 METHODS = {"sft": "actor", "rm": "critic_seqcls", "dpo": "actor"}
+TITLES = {"sft": "SFT", "rm": "reward model", "dpo": "DPO"}
 
 
 def parse():
@@ -152,7 +153,8 @@ def main():
             for side, python in (("trl", args.vs), ("ours", sys.executable)):
                 command = [python, __file__, *same, "--methods", method, "--side", side]
                 found[side].append(result(command))
-        cells = [f"{method} {args.model} {args.dtype}", ratio(found, "seconds")]
+        cells = [f"{TITLES[method]}, {args.model} {args.dtype}", ratio(found, "seconds")]
+        cells[0] += f" ({args.turns} turns)" * (args.turns != 3)
         cells += [f"{median(row['seconds'] for row in found[side]):.3f}" for side in found]
         cells += [f"{max(row['gib'] for row in found[side]):.2f}" for side in found]
         print(f"| {' | '.join(cells)} |", flush=True)
