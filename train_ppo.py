@@ -205,7 +205,7 @@ def main():
     saved, path = checkpoint.Checkpoints(args), args.actor_model_name_or_path
     tokenizer = models.load_tokenizer(path, args)
     models.check_same_vocabulary(path, tokenizer, args.critic_model_name_or_path)
-    if args.reward_fn: reward_function(args.reward_fn)      # it fails before anything is loaded
+    if args.reward_fn: reward_function(args.reward_fn)      # before anything else is loaded
     train, _ = data.load(args, tokenizer, 3, args.max_prompt_seq_len)
     to_batch = partial(batches.collate, tokenizer, responses=())
     cut, _, total = batches.plan(args, train, "generation", args.generation_batches)

@@ -13,7 +13,7 @@ def plan(args, units, kind="train", accumulation=None):
     cut = (getattr(args, flag), accumulation or args.gradient_accumulation_steps)
     span = cut[0] * cut[1] * engine.world_size()
     if not (epoch := len(units) // span):
-        raise InputError(f"{len(units)} training rows (or packs) do not fill one step of {span} "
+        raise InputError(f"{len(units)} rows (or packs, of text too) do not fill a step of {span} "
                          f"(batch x accumulation x ranks): lower --{flag} or add data")
     return cut, epoch, args.lr_range_test or args.max_steps or epoch * args.num_train_epochs
 

@@ -78,7 +78,7 @@ class Checkpoints:
             file = os.open(path, os.O_RDONLY)
             os.fsync(file), os.close(file)
         if final.exists():                          # of a step that a resumed run takes again
-            final.rename(new / "replaced")
+            (self.folder / "latest").unlink(True), final.rename(new / "replaced")
         new.rename(final)
         write_text(self.folder / "latest", final.name), shutil.rmtree(final / "replaced", True)
         old = sorted(self.folder.glob("step*"), key=os.path.getmtime)[:-self.args.save_total_limit]

@@ -111,11 +111,11 @@ def train_engine(model, args, name, micro_batch, steps):
               args.gradient_accumulation_steps, "gradient_clipping": args.max_grad_norm,
               "tensorboard": {"enabled": args.enable_tensorboard, "job_name": "", "output_path":
                               args.tensorboard_path or f"{args.output_dir}/tensorboard"}}
-    start = lambda *_: deepspeed.initialize(model=model, optimizer=adam, lr_scheduler=schedule,
-                                            config=config)[0]
+    start = lambda _: deepspeed.initialize(model=model, optimizer=adam, lr_scheduler=schedule,
+                                           config=config)[0]
     if path := args.deepspeed_config and os.path.abspath(args.deepspeed_config):
         _merge(config, opened(lambda p: {**json.load(open(p))}, path, "the JSON object in"), path)
-    engine = opened(start, path, "DeepSpeed's engine, in") if path else start()
+    engine = opened(start, path or deepspeed.__file__, "DeepSpeed's engine, in")
     transformers.set_seed(args.seed + 100003 * rank())            # from here on noise differs
     engine.enable_backward_allreduce = stage > 0 or world_size() > 1      # else copies, for nothing
     def clip():                                 # fp32, ZeRO 0: DeepSpeed's own keeps no norm

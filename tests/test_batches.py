@@ -78,7 +78,7 @@ def test_grouping_by_length_keeps_an_epochs_rows_and_saves_padding(monkeypatch):
 
 
 def test_too_few_rows_for_a_step():
-    with pytest.raises(InputError, match="5 training rows .* do not fill one step of 8"):
+    with pytest.raises(InputError, match="5 rows .* do not fill a step of 8"):
         settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
         batches.plan(argparse.Namespace(**settings), range(5))
 
@@ -162,7 +162,7 @@ def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):
     tokenizer, plain = make_tokenizer(), make_tokenizer()
     for text, expected in [
         (" \n\n ", "there is no text in it"),
-        ("w1 w2", "do not fill one step of 2"),
+        ("w1 w2", "do not fill a step of 2"),
     ]:
         broken = argparse.Namespace(**vars(args))
         broken.unsupervised_dataset_name = str(tmp_path / "broken.txt")

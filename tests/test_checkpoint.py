@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -87,7 +88,8 @@ def reward_model(world):
 
 def test_ppo_with_all_its_states_killed_anywhere_leaves_the_same_bytes(ppo, world, fork, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"w5 w{i % 30} w7 w{i % 9}" for i in range(400)))
-    half = dict(per_device_generation_batch_size=8, per_device_training_batch_size=4)
+    half = dict(per_device_generation_batch_size=8, per_device_training_batch_size=2)
+    half.update(gradient_accumulation_steps=2, critic_warmup_steps=1)
     flags = ppo("", **half, max_steps=5, actor_lr=5e-3, critic_lr=5e-3, ppo_epochs=2)
     flags.update(actor_zero_stage=2, critic_zero_stage=3, actor_lora_dim=2, enable_ema=True)
     flags.update(critic_lora_dim=2, critic_lora_learning_rate=5e-3)
@@ -127,6 +129,26 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_it(
     assert all((folder / "rank0.pt").exists() for folder in folders)
     code, error = call(train_sft, **settings, max_steps=3, resume=True)
     assert code == 0, error
+
+
+def test_a_kill_while_a_step_that_is_taken_again_is_published_leaves_one_to_resume(
+    start, call, monkeypatch, world
+):
+    settings = dict(start, output_dir=world["out"], save_interval=1, max_steps=3)
+    assert call(train_sft, **settings)[0] == 0
+    folder, rename = world["out"] / "checkpoints", Path.rename
+
+    def die(path, target):
+        if path.name == ".new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", die)
+        assert call(train_sft, **settings, resume=folder / "step2")[0] == 1
+    assert not (folder / "step3").exists()
+    code, error = call(train_sft, **settings, resume=True)
+    assert code == 0 and (folder / "step3").exists(), error
 
 
 def test_resume_names_what_differs_and_what_is_missing(world, start, fork):

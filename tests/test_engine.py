@@ -285,6 +285,13 @@ def fp16(monkeypatch, tmp_path):
     return flags
 
 
+def test_fp16_where_there_is_none_is_one_sentence(start, call, world, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    code, error = call(train_sft, **start, dtype="fp16", output_dir=world["out"])
+    assert code == 1 and "fp16 is not supported" in error and len(error.splitlines()) == 1, error
+    assert os.getcwd() + ":" not in error  # nor is this folder to blame
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_fp16_run_skips_steps_until_its_scale_fits_and_then_learns(
     fp16, start, call, world, stage

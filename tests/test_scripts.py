@@ -18,7 +18,7 @@ import train_ppo
 import train_rm
 import train_sft
 from rlhf import args as flags
-from rlhf import log, losses
+from rlhf import log, losses, models
 from tests.conftest import ROOT, SHARED, SMALL, metrics, run_script, to_flags, weights, write_jsonl
 
 METRICS = """step score score_std kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
@@ -250,7 +250,8 @@ def test_a_critic_that_warms_up_moves_alone_and_the_actors_schedule_waits(
 ):
     """Nor does the coefficient fall while the KL is 0 because nothing moves."""
     rates = dict(actor_lr=5e-3, critic_lr=5e-3, lr_scheduler_type="linear", enable_ema=True)
-    graphs, loss = [], train_ppo.policy_loss
+    graphs, loss, done, work = [], train_ppo.policy_loss, [], train_ppo.work
+    monkeypatch.setattr(train_ppo, "work", lambda *given: done.append(given) or work(*given))
     noted = lambda logp, *rest: graphs.append(logp.requires_grad) or loss(logp, *rest)
     monkeypatch.setattr(train_ppo, "policy_loss", noted)
     warm = ppo("warm", **rates, critic_warmup_steps=2, max_steps=4, target_kl=50, save_interval=2)
@@ -272,6 +273,8 @@ def test_a_critic_that_warms_up_moves_alone_and_the_actors_schedule_waits(
     assert [row["actor_lr"] for row in rows] == pytest.approx([5e-3, 5e-3, 5e-3, 2.5e-3])
     assert [row["critic_lr"] for row in rows] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
     assert graphs == [False, False, True, True]  # what is not learned from is not kept
+    passes = [[*given[1].values()] for given in done[1::2]]  # of actor and critic, in updates
+    assert passes == [[1, 3], [1, 3], [3, 3], [3, 3]]
     for changes in (dict(max_steps=3), dict(lr_range_test=9)):
         code, error = call(train_ppo, **ppo("never", critic_warmup_steps=3, **changes))
         assert code == 1 and "--critic_warmup_steps: below " in error, error
@@ -376,7 +379,11 @@ def test_the_unsupervised_mix_keeps_text_likely(world, ppo, call, tmp_path):
     code, error = call(train_ppo, **ppo("ptx", **text))
     assert code == 0, error
     rows = metrics(world["out"] / "ptx")
-    assert rows[-1]["unsup_loss"] < rows[0]["unsup_loss"] - 0.5
+    tokenizer = models.load_tokenizer(world["actor"])
+    ids = torch.tensor([tokenizer("w5 w6 w7 w8 w9 w10")["input_ids"] + [tokenizer.eos_token_id]])
+    start = AutoModelForCausalLM.from_pretrained(world["actor"])(ids, labels=ids).loss.item()
+    assert rows[0]["unsup_loss"] == pytest.approx(start, rel=1e-4)
+    assert rows[-1]["unsup_loss"] < start - 0.5
 
 
 @pytest.mark.parametrize("clip", [0.01, 1000])
@@ -408,13 +415,15 @@ def test_every_flag_of_the_algorithm_arrives_where_it_belongs(ppo, call, monkeyp
         spy(name)
     reward = dict(kl_coef=0.03, kl_estimator="k3", gamma=0.9, lam=0.8, no_whiten_advantages=True)
     update = dict(clip=0.11, value_clip=0.07, ppo_epochs=2, lr_scheduler_type="linear")
+    counted, work = [], train_ppo.work
+    monkeypatch.setattr(train_ppo, "work", lambda *given: counted.append(given) or work(*given))
     assert (
         call(train_ppo, **ppo("wired", **reward, **update, actor_lr=1e-3, critic_lr=2e-3))[0] == 0
     )
     assert calls["shaped_rewards"]["kl_coef"] == 0.03 and calls["shaped_rewards"]["kind"] == "k3"
     assert calls["gae"]["gamma"] == 0.9 and calls["gae"]["lam"] == 0.8
     assert calls["policy_loss"]["clip"] == 0.11 and calls["value_loss"]["clip"] == 0.07
-    assert "whiten" not in calls
+    assert "whiten" not in calls and [len(given[0]) for given in counted] == [1, 2] * 3
     assert call(train_ppo, **ppo("white", max_steps=1))[0] == 0 and "whiten" in calls
 
 
@@ -595,7 +604,7 @@ def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
         (train_sft, {**start, "data_output_path": f"{file}/in"}, "write to --data_output_path"),
         (train_sft, {**start, "data_split": "nan,1,1"}, "--data_split must be three numbers"),
         (train_ppo, ppo_with(unsupervised_dataset_name=rm / "model.safetensors"), "ends in none"),
-        (train_sft, {**start, "per_device_train_batch_size": 4096}, "do not fill one step of"),
+        (train_sft, {**start, "per_device_train_batch_size": 4096}, "do not fill a step of"),
     ]:
         code, error = call(script, **{"output_dir": rm, **settings})
         assert code == 1 and expected in error and len(error.strip().splitlines()) == 1, error
