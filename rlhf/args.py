@@ -1,7 +1,7 @@
 """Flags shared by the scripts.  A help text ends with the source of its default: [DSC]
 DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] arXiv:1707.06347,
 [GAE] arXiv:1506.02438, [DPO] arXiv:2305.18290, [recipe] the published one of DPO, [ours: why]."""
-import argparse, contextlib, os, re, sys, tempfile, time
+import argparse, atexit, contextlib, os, re, sys, tempfile, time
 from safetensors import SafetensorError
 
 SCHEDULES = """linear cosine cosine_with_restarts cosine_with_min_lr polynomial constant
@@ -29,8 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def leave(message, code=1):
     """End this process with one sentence: a node's first rank's, unless another is alone in it."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(3)                         # by then the launcher has ended this one too
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0: time.sleep(3)  # the launcher ends it meanwhile
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -64,6 +63,8 @@ def run(main):
         main()
     except (InputError, KeyboardInterrupt) as error:
         leave(f"{os.path.basename(sys.argv[0])}: error: {str(error) or 'interrupted'}")
+    if main.__module__ == "__main__":      # all is done: no library's thread may abort the exit now
+        atexit._run_exitfuncs(), sys.stdout.flush(), os._exit(0)
 
 def _number(kind, allowed, wanted):
     def convert(text):

@@ -97,8 +97,7 @@ def text_stream(args, tokenizer, done=0):
     """Endless steps of packed plain text for the unsupervised loss, if a data set is named, after
     `done` iterations.  A text ends with eos; a long one is cut.  Its first token is its prompt."""
     name, length = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
-    if name is None:
-        return None
+    if name is None: return None
     path = ":".join(filter(None, [name, args.unsupervised_dataset_config_name]))
     build = partial(_build_texts, path, length, args, tokenizer)
     identity = [cache.fingerprint(path), length, args.seed]

@@ -19,7 +19,17 @@ import train_rm
 import train_sft
 from rlhf import args as flags
 from rlhf import log, losses, models
-from tests.conftest import ROOT, SHARED, SMALL, metrics, run_script, to_flags, weights, write_jsonl
+from tests.conftest import (
+    ROOT,
+    SHARED,
+    SMALL,
+    metrics,
+    run,
+    run_script,
+    to_flags,
+    weights,
+    write_jsonl,
+)
 
 METRICS = """step score score_std kl kl_coef reward entropy ratio_mean ratio_min ratio_max clip_frac approx_kl
     policy_loss value_loss value_clip_frac explained_variance return_mean advantage_mean
@@ -565,6 +575,23 @@ def test_every_flag_has_help_with_the_source_of_its_default(script, parser_of):
     for action in parser._actions[1:]:
         assert "[" in (action.help or ""), action.option_strings
     assert "--seed" in parser.format_help()
+
+
+ENDS = """
+import atexit, ctypes
+from rlhf import args
+def main():
+    print("done")
+atexit.register(print, "and told")
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)        # as a thread that is not joined would
+args.run(main)
+"""
+
+
+def test_a_script_that_is_through_ends_well_whatever_its_libraries_leave_running():
+    done = run([sys.executable, "-c", ENDS])
+    assert done.returncode == 0 and done.stdout == "done\nand told\n", done.stderr
 
 
 def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
