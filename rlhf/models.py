@@ -75,7 +75,7 @@ def policy_logprobs(model, batch, temperature=1.0):
     ids, mask, back = _flush_right(batch)
     net, R = getattr(model, "module", model), batch["mask"].shape[1]
     where = _apart(net, batch["position_ids"]) if "position_ids" in batch else places(net, mask)
-    before = torch.arange(ids.shape[1] - 1, device=ids.device)[-R:]   # a slice: matmul would copy W
+    before = torch.arange(ids.shape[1] - 1, device=ids.device)[-R:]   # no slice: matmul copies W
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=before, **where).logits
     return back(token_logprobs(logits, ids[:, before + 1], temperature))        # of (B, R, V)
 
