@@ -676,10 +676,10 @@ def test_the_real_language_model_and_real_pairs_go_through_all_three_steps(call,
 def test_the_micro_batches_of_a_ppo_step_are_alike_in_length(ppo, call, monkeypatch):
     """So many positions are computed as the sorted lengths say, in two steps of four micro-batches,
     for actor and critic."""
-    close, update, widths, lengths = train_ppo.models._flush_right, train_ppo.ppo_update, [], []
+    flush_right, update, widths, lengths = models._flush_right, train_ppo.ppo_update, [], []
 
-    def closed(batch):
-        result = close(batch)
+    def flushed(batch):
+        result = flush_right(batch)
         widths.append(result[0].numel())
         return result
 
@@ -689,7 +689,7 @@ def test_the_micro_batches_of_a_ppo_step_are_alike_in_length(ppo, call, monkeypa
         return update(actor, critic, experience, *rest, **more)
 
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
-    monkeypatch.setattr(train_ppo.models, "_flush_right", closed)
+    monkeypatch.setattr(models, "_flush_right", flushed)
     monkeypatch.setattr(train_ppo, "ppo_update", updated)
     flags = ppo("sorted", max_steps=1, per_device_training_batch_size=2)
     flags.update(gradient_accumulation_steps=4, data_split="0,0,1")

@@ -61,12 +61,12 @@ def first_token_masked(patch, modules, **_):
     """The first token of a prompt (for OPT its bos) is hidden in training, but not in rollouts."""
     plain = modules["models"]._flush_right
 
-    def close(batch):
+    def flush_right(batch):
         seen = batch["prompt_mask"]
         first = (seen.cumsum(1) == 1) & seen
         return plain({**batch, "prompt_mask": seen & ~first})
 
-    patch("models._flush_right", close)
+    patch("models._flush_right", flush_right)
 
 
 def dropout(patch, modules, **_):
