@@ -1,12 +1,11 @@
 """Sampling from the policy, one forward a token, and what makes that fast."""
-import contextlib, inspect
+import contextlib
 import torch
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from rlhf.args import InputError
-from rlhf.models import places
+from rlhf.models import places, takes
 
-@torch.no_grad()
 def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
     Returns them with `response_ids`, `mask` (B, R), R the longest response drawn, and `ended` (B,):
@@ -17,9 +16,9 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
     cache, room = DynamicCache(config=config), seen.shape[1] + max_new_tokens
     cache.layers = [Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if not takes(type(model), "past_key_values"):
         raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
-    with reordered(model) if ids.is_cpu else contextlib.nullcontext():
+    with torch.inference_mode(), reordered(model) if ids.is_cpu else contextlib.nullcontext():
         for t in range(max_new_tokens):
             if not len(going):
                 break

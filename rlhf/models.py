@@ -2,6 +2,7 @@
 A batch is a dict: `prompt_ids`, `prompt_mask` (B, P), left-padded; `response_ids`, `mask` (B, R),
 right-padded.  Masks come from lengths and are carried along: any token may be the padding."""
 import inspect, os, shutil, tempfile
+from functools import cache
 from pathlib import Path
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from rlhf.losses import token_logprobs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 pick_dtype = lambda flag: DTYPES[flag] if flag != "auto" else torch.bfloat16 if \
     torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+takes = cache(lambda kind, name: name in inspect.signature(kind.forward).parameters)
 texts = lambda tokenizer, ids, mask: [                             # without special tokens
     tokenizer.decode(row[seen], skip_special_tokens=True) for row, seen in zip(ids, mask)]
 
@@ -141,8 +143,7 @@ def places(model, mask, new=0):
     """Where the `new` (or all) last tokens are: the mask and, for models that take them (those with
     ALiBi do not), position ids that follow it."""
     ids = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]}
-    known = "position_ids" in inspect.signature(model.forward).parameters
-    return {"attention_mask": mask, **(ids if known else {})}
+    return {"attention_mask": mask, **(ids if takes(type(model), "position_ids") else {})}
 
 def _apart(model, position_ids):
     """Position ids that start again with each sequence of a row, and the mask that keeps them

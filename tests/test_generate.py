@@ -141,6 +141,7 @@ def check_agreement(model, eos, batch, tokens, monkeypatch):
         alive = lengths > t  # the rows that are still in the batch, in their order
         assert torch.equal(token, batch["response_ids"][alive, t])
         assert torch.allclose(logp, expected[alive, t], atol=1e-5)
+    assert not any(x.is_inference() for x in batch.values())  # those cannot be trained on
     return lengths, batch["ended"]
 
 
