@@ -32,8 +32,7 @@ def parse():
 def response_logprobs(model, batch, args):
     """log pi(y | x) of whole responses -> (rows,) fp32; --length_normalized: their tokens' mean.
     Without a model: the reference's, as they were computed before training."""
-    if model is None:
-        return batch["ref_logp"]
+    if model is None: return batch["ref_logp"]
     logp = models.policy_logprobs(model, batch).masked_fill(~batch["mask"], 0).sum(1)
     return logp / batch["mask"].sum(1) if args.length_normalized else logp
 

@@ -181,8 +181,7 @@ def guard(step, metrics, args):
             (args.kl_stop and kl > args.kl_stop,
              f"the KL is {kl:.1f}, above --kl_stop: lower --actor_lr or raise --kl_coef"),
             (ratio > 10, f"the mean ratio is {ratio:.1f}, above 10: lower --actor_lr")):
-        if wrong:
-            raise flags.InputError(f"step {step}: {reason}")
+        if wrong: raise flags.InputError(f"step {step}: {reason}")
     if metrics.get("eos_rate") == 0:
         say(f"step {step}: no response ended: raise --max_answer_seq_len or --missing_eos_penalty")
     return metrics

@@ -42,5 +42,4 @@ def check(args, step, total):
              for name, low, high, who in (RULES[step] + COMMON) * judged
              if name not in idle and not low <= values.get(name, low) <= high]
     say("\nadvice: ".join([f"effective batch {batch}, {total} optimizer steps", *found]))
-    if found and args.strict_advice:
-        raise InputError(f"--strict_advice: {'; '.join(found)}")
+    if found and args.strict_advice: raise InputError(f"--strict_advice: {'; '.join(found)}")

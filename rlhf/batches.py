@@ -113,7 +113,6 @@ def _build_texts(path, length, args, tokenizer, folder):
         return {"prompt": [block[:1] for block in cut], "chosen": [block[1:] for block in cut],
                 "length": [len(block) for block in cut]}
     texts = cache.collect(files.texts(path, args.seed), os.path.dirname(folder), text="string")
-    if not texts:
-        raise InputError(f"{path}: there is no text in it")
+    if not texts: raise InputError(f"{path}: there is no text in it")
     kinds = dict(prompt="ids", chosen="ids", length="int32")
     cache.tokenised(texts, blocks, args, **kinds).save_to_disk(folder)

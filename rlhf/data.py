@@ -128,8 +128,7 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
     keys = cache.column(train, "key")
     prompts = np.unique(keys[keys != 0])      # in the order of their hashes: a seeded permutation
     place, cut = np.searchsorted(prompts, keys), len(prompts)
-    if not held_out:
-        cut -= max(1, round(args.eval_fraction * cut))
+    if not held_out: cut -= max(1, round(args.eval_fraction * cut))
     low, high = (round(edge * cut) for edge in share)
     chosen = {"train": (train, (low <= place) & (place < high) | (keys == 0)),
               "held_out": (held_out, np.full(len(held_out), True)) if held_out

@@ -145,8 +145,7 @@ def frozen(model, args=None, name=None, stage=0):
     """A model that is only read; sharded if its own stage (or else `stage`) is 3, or offloaded."""
     own, offload = (getattr(args, f, None) for f in (f"{name}_zero_stage", f"offload_{name}_model"))
     model.eval().requires_grad_(False)
-    if (stage if own is None else own) < 3 and not offload:
-        return model.to(device())
+    if (stage if own is None else own) < 3 and not offload: return model.to(device())
     config = _memory(models.pick_dtype(args.dtype), 3, offload)
     return deepspeed.initialize(model=model, config=config)[0]
 
@@ -222,5 +221,4 @@ def on_rank_zero(function, every_node=False):
             function()
     except Exception as caught:                      # raised below, when the others have heard
         error = caught
-    if anywhere(error is not None):
-        raise error or InputError("another rank stopped")
+    if anywhere(error is not None): raise error or InputError("another rank stopped")

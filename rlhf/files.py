@@ -12,8 +12,7 @@ HELD_OUT = ("test", "validation", "valid", "eval", "dev")
 
 def read(path, seed):
     """A data set's training rows and held-out rows, a stream each; the second may be empty."""
-    if path == "toy":
-        return [_rows("the embedded world", rows) for rows in toy.rows(seed=seed)]
+    if path == "toy": return [_rows("the embedded world", rows) for rows in toy.rows(seed=seed)]
     names = sorted(opened(os.listdir, path, "the folder")) if os.path.isdir(path) else None
     if os.path.isfile(path):
         streams = {"train": _file(path)}
@@ -71,8 +70,7 @@ def _file(path):
                 where = f"{path}, {'row' if array else 'line'} {number}"
                 if array or row.strip():
                     row = row if array else json.loads(row)
-                    if not isinstance(row, dict):
-                        raise InputError(f"{where}: not a JSON object")
+                    if not isinstance(row, dict): raise InputError(f"{where}: not a JSON object")
                     yield row, where
     except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{where}: cannot be read (as JSON in UTF-8): {error}") from error

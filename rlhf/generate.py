@@ -20,8 +20,7 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
         raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
     with torch.inference_mode(), reordered(model) if ids.is_cpu else contextlib.nullcontext():
         for t in range(max_new_tokens):
-            if not len(going):
-                break
+            if not len(going): break
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1,
                            **places(model, seen, ids.shape[1])).logits[:, -1]               # (b, V)
             token = draw(logits, uniform[going, t], temperature, top_p, top_k)

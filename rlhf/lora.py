@@ -21,8 +21,7 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(like.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)              # as nn.Linear does, and PEFT
     def forward(self, x):
-        if not self.enabled:
-            return self.base(x)
+        if not self.enabled: return self.base(x)
         low = nn.functional.linear(x, self.lora_A)                                      # (B, T, r)
         return self.base(x) + self.alpha / self.rank * nn.functional.linear(low, self.lora_B)
 

@@ -19,8 +19,7 @@ def render(row, where, layout, phase, tokenizer):
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: a column is missing or of a wrong type: {error}") from error
     dropped = lambda reason, name="": (reason, name, "", "", "")
-    if isinstance(row, str):
-        return dropped(row)
+    if isinstance(row, str): return dropped(row)
     *texts, response = (_fill(template, row, where) for template in layout[:4])
     if phase == 1 and response:
         texts[1] = response
@@ -30,15 +29,13 @@ def render(row, where, layout, phase, tokenizer):
             return dropped("prompts of a pair differ")
         name, *texts = talk
     elif layout.prompt is None:                  # it is what the responses share
-        if not texts[1] or (layout.rejected and not texts[2]):
-            return dropped("no response")
+        if not texts[1] or (layout.rejected and not texts[2]): return dropped("no response")
         shared = os.path.commonprefix(texts[1:])
         end = shared.rfind(ASSISTANT) + len(ASSISTANT)
         if ASSISTANT not in shared or any(HUMAN in text[end:] for text in texts[1:]):
             return dropped("prompts of a pair differ")
         name, *texts = shared[:end], shared[:end], *(text[end:] for text in texts[1:])
-    if not re.sub(r"\b(Human|Assistant):", "", name or "").strip():
-        return dropped("no prompt")
+    if not re.sub(r"\b(Human|Assistant):", "", name or "").strip(): return dropped("no prompt")
     prompt, *answers = [text or "" for text in texts[:NEEDED[phase]]]
     if sum(map(len, (prompt, *answers))) > 1_000_000:
         return dropped("over a million characters", name)
@@ -81,12 +78,10 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
             raise InputError(f"{where}: a message needs texts role and content: {message!s:.80}")
     contexts = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks if talk]
     context = (contexts or [before])[0]
-    if contexts and context != contexts[-1]:
-        return None
+    if contexts and context != contexts[-1]: return None
     names = {"user": HUMAN, "assistant": ASSISTANT}
     plain = lambda talk: "".join(f"{names.get(m['role'], '')} {m['content']}" for m in talk)
-    if not context or not context[-1]["content"].strip():
-        return "", "", "", ""
+    if not context or not context[-1]["content"].strip(): return "", "", "", ""
     name = start = plain(context) + ASSISTANT
     texts = [plain(talk).removeprefix(start) if len(talk) > len(context) else "" for talk in talks]
     if tokenizer.chat_template:
