@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, BitsAndBytesConfig, GenerationConfig)
+                          AutoTokenizer, BitsAndBytesConfig, DynamicCache, GenerationConfig)
+from transformers.cache_utils import DynamicLayer
 from rlhf import lora, toy
 from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
@@ -147,10 +148,14 @@ def places(model, mask, new=0):
 
 def _apart(model, position_ids):
     """Position ids that start again with each sequence of a row, and the mask that keeps them
-    apart: explicit, since not every family would infer it.  InputError if the model takes none."""
-    if "position_ids" not in places(model, position_ids):
-        raise InputError(f"packed sequences would see each other in a {type(model).__name__}: do "
-                         f"without --packing or --unsupervised_dataset_name")
+    apart: explicit, since not every family would infer it.  InputError where that is not enough:
+    for ALiBi, layers that pass on a state, windows shorter than the row, which it would undo."""
+    wide = lambda layer: type(layer) is DynamicLayer or \
+        getattr(layer, "sliding_window", 0) >= position_ids.shape[1]
+    if "position_ids" not in places(model, position_ids) or getattr(model.config, "alibi", False) \
+            or not all(map(wide, DynamicCache(config=model.config).layers)):
+        raise InputError(f"a {type(model).__name__} cannot keep packed sequences apart here: do "
+                         f"without --packing or --unsupervised_dataset_name, or take fewer tokens")
     sequence, dtype = (position_ids == 0).cumsum(1), next(model.parameters()).dtype         # (B, T)
     seen = (sequence[:, :, None] == sequence[:, None]).tril()[:, None]                # (B, 1, T, T)
     mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)

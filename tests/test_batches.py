@@ -6,7 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MistralConfig
+from transformers import Qwen3NextConfig
 
 from rlhf import batches, engine, models
 from rlhf.args import InputError
@@ -144,12 +145,43 @@ def test_packed_log_probs_and_gradients_are_those_of_each_row_alone(family):
     assert (leaked - got).abs().max() > 1e-3
 
 
-def test_a_model_that_attends_across_packed_sequences_is_refused():
+SMALL = dict(vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+WINDOW = dict(**SMALL, intermediate_size=32, num_key_value_heads=2)
+HYBRID = dict(**WINDOW, head_dim=8, layer_types=["linear_attention", "full_attention"])
+HYBRID.update(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8)
+HYBRID.update(linear_value_head_dim=8, num_experts=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=33, hidden_size=16, n_layer=2, n_head=2),
+        FalconConfig(alibi=True, **SMALL),
+        Qwen3NextConfig(**HYBRID),
+        MistralConfig(sliding_window=4, **WINDOW),
+    ],
+    ids=["Bloom's ALiBi", "Falcon's ALiBi", "a state that flows on", "a window"],
+)
+def test_a_model_that_cannot_keep_packed_sequences_apart_is_refused(config):
     torch.manual_seed(0)
-    config = BloomConfig(vocab_size=33, hidden_size=16, n_layer=2, n_head=2)
     packs = batches.collate_packs(make_tokenizer(), [ragged(4)])
-    with pytest.raises(InputError, match="packed sequences would see each other"):
+    with pytest.raises(InputError, match="cannot keep packed sequences apart"):
         models.policy_logprobs(AutoModelForCausalLM.from_config(config), packs)
+
+
+def test_a_window_that_no_pack_outgrows_is_no_hindrance():
+    torch.manual_seed(0)
+    rows = ragged(4)
+    config = MistralConfig(sliding_window=sum(row["length"] for row in rows), **WINDOW)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    packed, alone = (
+        [models.policy_logprobs(model, batch)[batch["mask"]] for batch in made]
+        for made in (
+            [batches.collate_packs(make_tokenizer(), [rows])],
+            [batches.collate(make_tokenizer(), [row]) for row in rows],
+        )
+    )
+    torch.testing.assert_close(packed[0], torch.cat(alone), rtol=0, atol=1e-5)
 
 
 def test_the_unsupervised_text_is_packed_and_its_texts_kept_apart(tmp_path):

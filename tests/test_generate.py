@@ -4,7 +4,7 @@ the training forward agrees on."""
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GenerationConfig
-from transformers import GPTNeoConfig, MambaConfig, MistralConfig, Qwen3NextConfig
+from transformers import GPTNeoConfig, MambaConfig, MiniMaxConfig, MistralConfig, Qwen3NextConfig
 
 from rlhf import batches, generate, models
 from rlhf.args import InputError
