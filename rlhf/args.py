@@ -62,6 +62,7 @@ def run(main):
     try:
         main()
     except (InputError, KeyboardInterrupt) as error:
+        if main.__module__ == "__main__": sys.last_value = error       # as of any other exception
         leave(f"{os.path.basename(sys.argv[0])}: error: {str(error) or 'interrupted'}")
     if main.__module__ == "__main__":      # all is done: no library's thread may abort the exit now
         atexit._run_exitfuncs(), sys.stdout.flush(), os._exit(0)

@@ -39,7 +39,7 @@ def init(args):
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=4))  # to tokenise
     deepspeed.comm.configure(enabled=args.profile, prof_all=args.profile)
     # Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go.
-    atexit.register(lambda: dist.is_initialized() and not hasattr(sys, "last_value")
+    atexit.register(lambda: os._exit(1) if hasattr(sys, "last_value") else dist.is_initialized()
                     and dist.destroy_process_group())
     transformers.set_seed(args.seed)
     return args

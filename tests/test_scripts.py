@@ -596,6 +596,31 @@ def test_a_script_that_is_through_ends_well_whatever_its_libraries_leave_running
 
 def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
     world, start, reward_model, ppo, call, model_folder, tmp_path, monkeypatch
+FAILS = """
+import sys
+from torch import distributed as dist
+from rlhf import args, engine
+dist.destroy_process_group = lambda: print("left")
+def main():
+    parser = args.Parser("", sys.argv[2])
+    args.add_training(parser, 0.0)
+    engine.init(parser.parse_args([]))
+    if sys.argv[1] == "fails":
+        raise args.InputError("a bad row")
+    raise SystemExit(0)
+args.run(main)
+"""
+
+
+def test_a_failure_leaves_no_group_in_which_others_wait(tmp_path):
+    """NCCL would wait for them there; a run that ends well, or is stopped, leaves it."""
+    ends = (("ends", 0, "left\n", ""), ("fails", 1, "", "-c: error: a bad row\n"))
+    for how, code, out, error in ends:
+        done = run([sys.executable, "-c", FAILS, how, str(tmp_path)], PYTHONWARNINGS="ignore")
+        assert (done.returncode, done.stdout) == (code, out), done
+        assert done.stderr.endswith(error)
+
+
 ):
     rm = world["out"] / "rm"
     before = {path: path.read_bytes() for path in rm.iterdir()}
