@@ -16,7 +16,7 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
     cache, room = DynamicCache(config=config), seen.shape[1] + max_new_tokens
     cache.layers = [Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    if not takes(type(model), "past_key_values"):
+    if not (takes(type(model), "past_key_values") and model._supports_default_dynamic_cache()):
         raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
     with torch.inference_mode(), reordered(model) if ids.is_cpu else contextlib.nullcontext():
         for t in range(max_new_tokens):

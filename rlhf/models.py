@@ -14,7 +14,9 @@ from rlhf.args import InputError, opened
 from rlhf.losses import token_logprobs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 pick_dtype = lambda flag: DTYPES[flag] if flag != "auto" else torch.bfloat16 if \
-    torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else torch.float32
+SAVED = r"(tokenizer|tokenizer_config|vocab|added_tokens|special_tokens_map)\.(json|model|txt)|" \
+    r"merges\.txt|chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 takes = cache(lambda kind, name: name in inspect.signature(kind.forward).parameters)
 texts = lambda tokenizer, ids, mask: [                             # without special tokens
     tokenizer.decode(row[seen], skip_special_tokens=True) for row, seen in zip(ids, mask)]
@@ -167,7 +169,9 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
     config = toy.model_config(tokenizer) if path == "toy" else \
         opened(AutoConfig.from_pretrained, path, "the configuration of", trust_remote_code=False)
     config.num_labels, transposed = 1, config.model_type in ("gpt2", "openai-gpt")       # Conv1D's
-    if length > (limit := getattr(config, "max_position_embeddings", length)):
+    rope, name = getattr(config, "rope_parameters", None) or {}, "max_position_embeddings"
+    long = rope.get("rope_type") == "longrope"       # past that, all rows of a batch change as one
+    if length > (limit := rope["original_" + name] if long else getattr(config, name, length)):
         raise InputError(f"--max_*_len: {length} tokens exceed the {limit}-token context of {path}")
     if getattr(config, "quantization_config", None) or in_4bit and transposed:
         raise InputError(f"{path}: give weights that are not quantised; for 4 bits no GPT-1 or -2")

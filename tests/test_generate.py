@@ -200,13 +200,23 @@ def test_layers_that_keep_a_state_instead_of_keys_sample_too(monkeypatch):
     assert len({*lengths.tolist()}) > 2
 
 
-def test_a_model_without_keys_and_values_is_one_sentence():
-    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, pad_token_id=0)
+SMALL = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(**SMALL),
+        MiniMaxConfig(
+            intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8, **SMALL
+        ),
+    ],
+    ids=["Mamba", "MiniMax"],
+)
+def test_a_model_without_keys_and_values_is_one_sentence(config):
     model = AutoModelForCausalLM.from_config(config)
     ids = torch.tensor([[3, 4]])
-    with pytest.raises(
-        InputError, match="MambaForCausalLM keeps no keys and values: choose another"
-    ):
+    with pytest.raises(InputError, match="ForCausalLM keeps no keys and values: choose another"):
         sample(model, {"prompt_ids": ids, "prompt_mask": ids > 0}, 2)
 
 

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    Phi3Config,
 )
 
 from rlhf import batches, models
@@ -222,6 +223,58 @@ def test_bad_model_folders_are_named_in_one_sentence(model_folder, tmp_path):
     models.check_same_vocabulary(good, tokenizer, good)
     assert "64-token context" in message(models.load_policy, good, tokenizer, "fp32", 65)
     models.load_policy(good, tokenizer, length=64)
+
+
+def test_a_longrope_model_is_good_for_its_first_context(tmp_path):
+    """Past it, Transformers turns all rows of a batch by the longest one's frequencies."""
+    factors = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4, rope_theta=1e4)
+    config = Phi3Config(
+        vocab_size=33,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters=dict(rope_type="longrope", **factors),
+        pad_token_id=0,
+        eos_token_id=2,
+        bos_token_id=1,
+        initializer_range=1.0,
+    )
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), make_tokenizer()
+    rows = [{"prompt": [3, 4], "chosen": [5, 2]}, {"prompt": [3], "chosen": [6] * 14 + [2]}]
+    alone = models.policy_logprobs(model, batches.collate(tokenizer, rows[:1]))
+    together = models.policy_logprobs(model, batches.collate(tokenizer, rows))
+    assert torch.allclose(together[0, :2], alone[0], atol=1e-5)
+    rows[1]["chosen"] *= 2
+    together = models.policy_logprobs(model, batches.collate(tokenizer, rows))
+    assert not torch.allclose(together[0, :2], alone[0], atol=1e-3)
+    model.save_pretrained(tmp_path)
+    models.load_policy(str(tmp_path), tokenizer, length=16)
+    with pytest.raises(InputError, match="17 tokens exceed the 16-token context"):
+        models.load_policy(str(tmp_path), tokenizer, length=17)
+
+
+def test_a_saved_folder_holds_nothing_of_the_model_that_was_there(model_folder, tmp_path):
+    """Of a tokenizer with a chat template, or shards; but whatever else stands there stays."""
+    start, folder = model_folder(), tmp_path / "saved"
+    tokenizer = models.load_tokenizer(start)
+    policy = models.load_policy(start, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    policy.save_pretrained(folder, max_shard_size="2KB")
+    models.save_model(policy, tokenizer, str(folder))
+    kept = ["args.json", "metrics.jsonl", "model_notes.txt", "tokenizer.py", "pytorch_model.bin"]
+    for name in kept:
+        (folder / name).write_text("mine")
+    assert models.load_tokenizer(str(folder)).chat_template
+    tokenizer.chat_template = None
+    models.save_model(policy, tokenizer, str(folder))
+    assert models.load_tokenizer(str(folder)).chat_template is None
+    fresh = tmp_path / "fresh"
+    models.save_model(policy, tokenizer, str(fresh))
+    assert {*os.listdir(folder)} == {*os.listdir(fresh), *kept}
 
 
 def test_heads_compute_in_fp32_under_bf16_weights(model_folder):
