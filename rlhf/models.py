@@ -1,7 +1,7 @@
 """Tokenizer, policy and scalar model (reward model, critic), loaded and saved in the HF layout.
 A batch is a dict: `prompt_ids`, `prompt_mask` (B, P), left-padded; `response_ids`, `mask` (B, R),
 right-padded.  Masks come from lengths and are carried along: any token may be the padding."""
-import inspect, os, shutil, tempfile
+import inspect, os, re, shutil, tempfile
 from functools import cache
 from pathlib import Path
 import torch
@@ -128,10 +128,13 @@ def save_model(model, tokenizer, path, state=None):
         classifier.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         shutil.rmtree(Path(path, "adapter"), ignore_errors=True)              # of another run
-        for file in sorted(Path(folder).rglob("*.*"), key=lambda file: file.name == "config.json"):
+        new = sorted(Path(folder).rglob("*.*"), key=lambda file: file.name == "config.json")
+        for file in new:
             target = Path(path, file.relative_to(folder))
             target.parent.mkdir(exist_ok=True)
             file.replace(target)
+        for file in {*Path(path).iterdir()} - {Path(path, file.name) for file in new}:
+            if re.fullmatch(SAVED, file.name): file.unlink()                # of another model
 
 def check_same_vocabulary(path, tokenizer, other_path):
     """InputError unless both models, if there is a second, know the same tokens: they share ids."""

@@ -16,7 +16,7 @@ from transformers import (
 
 from rlhf import batches, models
 from rlhf.args import InputError
-from tests.conftest import FAMILIES, SPECIALS, rows_of
+from tests.conftest import FAMILIES, SPECIALS, make_tokenizer, rows_of
 
 ROWS = [
     {"prompt": list(range(3, 3 + n)), "chosen": [5 + n] * r + [2]}
