@@ -75,7 +75,8 @@ def _number(kind, allowed, wanted):
         raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
     return convert
 
-INF, CORES, switch = float("inf"), os.cpu_count() or 1, argparse.BooleanOptionalAction
+INF, switch = float("inf"), argparse.BooleanOptionalAction
+CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
 positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 at_least_2 = _number(int, lambda x: x > 1, "a whole number above 1")
 seed = _number(int, lambda x: 0 <= x < 1 << 31, "a whole number below 2^31")

@@ -162,7 +162,7 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
             reason, asked, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
             if files.half_surrogate("".join((asked, *texts))):
                 raise InputError(f"{where}: a text holds half a surrogate pair: repair it")
-            key = number(str(args.seed), asked if args.dedup_prompts else where)
+            key = number(str(args.seed), asked if args.dedup_prompts else os.path.basename(where))
             yield {**dict(zip(("prompt", "chosen", "rejected"), texts)),
                    "reason": render.REASONS.index(reason), "key": key if asked else 0,
                    "twin": number(*texts), "bayes": row["bayes"] if name == "toy" else None,

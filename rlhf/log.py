@@ -76,7 +76,8 @@ def suggest_rate(path, width):
             lowest = np.convolve(y, np.ones(width), "valid").argmin()     # then it diverges
             slopes = [np.polyfit(x[i:i + width], y[i:i + width], 1)[0] for i in range(lowest + 1)]
             best, most = 10 ** x[np.argmin(slopes) + width // 2], sign * min(slopes)
-            say(f"--lr_range_test: {metric} {most:+.2g} a decade, the most, at --{rate} {best:.1e}")
+            say(f"--lr_range_test: {metric} {most:+.2g} a decade, the most, at --{rate} {best:.1e}"
+                if min(slopes) < 0 else f"--lr_range_test: {metric} gets better at no --{rate}")
             with contextlib.suppress(ImportError):                          # the extra [plot]
                 from matplotlib.figure import Figure
                 axes = Figure().subplots()

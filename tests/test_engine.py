@@ -288,7 +288,12 @@ def fp16(monkeypatch, tmp_path):
 def test_fp16_where_there_is_none_is_one_sentence(start, call, world, monkeypatch):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     code, error = call(train_sft, **start, dtype="fp16", output_dir=world["out"])
-    assert code == 1 and "fp16 is not supported" in error and len(error.splitlines()) == 1, error
+    assert (
+        code == 1
+        and "see --dtype" in error
+        and "fp16 is not supported" in error
+        and len(error.splitlines()) == 1
+    ), error
     assert os.getcwd() + ":" not in error  # nor is this folder to blame
 
 
@@ -344,7 +349,11 @@ def test_an_fp16_overflow_skips_the_step_and_counts_none(fp16, ppo, call, world)
             {"zero_stage": 1},
             "zero_optimization.offload_optimizer.device is cpu, but flags say none",
         ),
-        ({"zero_optimization": {"reduce_bucket": 1}}, {}, "cannot load DeepSpeed's engine, in"),
+        (
+            {"zero_optimization": {"reduce_bucket": 1}},
+            {},
+            "cannot load DeepSpeed's engine (see --dtype), in",
+        ),
         (
             {},
             {"lora_dim": 2, "add_eot_token": True, "end_of_conversation_token": "<end>"},

@@ -342,6 +342,13 @@ def test_the_rate_that_a_ramp_suggests_is_where_a_known_curve_is_steepest(
         assert (
             slopes["actor_lr"] > 2 and slopes["critic_lr"] < -2
         )  # a logistic's: 4 * 4 / 4, blurred
+    for row in rows:
+        row.update(reward=-row["step"], value_loss=row["step"])
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.suggest_rate(str(tmp_path / "metrics.jsonl"), 25)
+    assert re.findall(r"(\S+) gets better at no --(\S+)", capsys.readouterr().out) == (
+        [("reward", "actor_lr"), ("value_loss", "critic_lr")] if steps > 25 else []
+    )
     plotted = importlib.util.find_spec("matplotlib") is not None
     assert {path.name for path in tmp_path.glob("*.png")} == {
         f"{name}.png" for name in rates if plotted
@@ -589,13 +596,6 @@ args.run(main)
 """
 
 
-def test_a_script_that_is_through_ends_well_whatever_its_libraries_leave_running():
-    done = run([sys.executable, "-c", ENDS])
-    assert done.returncode == 0 and done.stdout == "done\nand told\n", done.stderr
-
-
-def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
-    world, start, reward_model, ppo, call, model_folder, tmp_path, monkeypatch
 FAILS = """
 import sys
 from torch import distributed as dist
@@ -621,6 +621,13 @@ def test_a_failure_leaves_no_group_in_which_others_wait(tmp_path):
         assert done.stderr.endswith(error)
 
 
+def test_a_script_that_is_through_ends_well_whatever_its_libraries_leave_running():
+    done = run([sys.executable, "-c", ENDS])
+    assert done.returncode == 0 and done.stdout == "done\nand told\n", done.stderr
+
+
+def test_bad_input_is_one_sentence_exit_code_1_and_nothing_is_written_over(
+    world, start, reward_model, ppo, call, model_folder, tmp_path, monkeypatch
 ):
     rm = world["out"] / "rm"
     before = {path: path.read_bytes() for path in rm.iterdir()}
