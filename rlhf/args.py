@@ -76,7 +76,7 @@ def _number(kind, allowed, wanted):
     return convert
 
 INF, switch = float("inf"), argparse.BooleanOptionalAction
-CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+cores = lambda: len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
 positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 at_least_2 = _number(int, lambda x: x > 1, "a whole number above 1")
 seed = _number(int, lambda x: 0 <= x < 1 << 31, "a whole number below 2^31")
@@ -97,7 +97,7 @@ def add_run(parser, output_dir):
     add("--dedup_prompts", action=switch, default=True, help="a prompt is in one step [ours]")
     add("--end_of_conversation_token", help="ends every response [ours: the tokenizer's eos]")
     add("--add_eot_token", action="store_true", help="it is new: embeddings get a row [DSC]")
-    add("--preprocessing_num_workers", type=positive_int, default=min(8, CORES), help="[ours]")
+    add("--preprocessing_num_workers", type=positive_int, default=min(8, cores()), help="[ours]")
     add("--max_eval_rows", type=positive_int, default=4000, help="[ours: accuracy to one point]")
     add("--output_dir", default=output_dir, help="takes all a run leaves [ours: a default]")
     add("--seed", type=seed, default=1234, help="of everything random, alike in all steps [DSC]")

@@ -12,7 +12,7 @@ from torch import distributed as dist, nn, optim
 from torch.utils import benchmark, checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import lora, models
-from rlhf.args import CORES, InputError, check_writable, opened, writing
+from rlhf.args import InputError, check_writable, cores, opened, writing
 
 MODELS = {"score": "reward model", "kl": "reference", "value": "critic", "return": "critic"}
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
@@ -35,7 +35,7 @@ def init(args):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # a lock outlives kills
     deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     sizes = filter(None, map(os.environ.get, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")))
-    torch.set_num_threads(max(1, CORES // min(map(int, sizes))))
+    torch.set_num_threads(max(1, cores() // min(map(int, sizes))))
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=4))  # to tokenise
     deepspeed.comm.configure(enabled=args.profile, prof_all=args.profile)
     # Lest gloo's threads outlive Python and abort.  After a failure others may wait: just go.
