@@ -173,7 +173,7 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
         opened(AutoConfig.from_pretrained, path, "the configuration of", trust_remote_code=False)
     config.num_labels, transposed = 1, config.model_type in ("gpt2", "openai-gpt")       # Conv1D's
     rope, name = getattr(config, "rope_parameters", None) or {}, "max_position_embeddings"
-    long = rope.get("rope_type") == "longrope"       # past that, all rows of a batch change as one
+    long = rope.get("rope_type") == "longrope"      # past its first context rows change each other
     if length > (limit := rope["original_" + name] if long else getattr(config, name, length)):
         raise InputError(f"--max_*_len: {length} tokens exceed the {limit}-token context of {path}")
     if getattr(config, "quantization_config", None) or in_4bit and transposed:
