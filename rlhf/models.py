@@ -157,7 +157,7 @@ def _apart(model, position_ids):
     for ALiBi, layers that pass on a state, windows shorter than the row, which it would undo."""
     wide = lambda layer: type(layer) is DynamicLayer or \
         getattr(layer, "sliding_window", 0) >= position_ids.shape[1]
-    if "position_ids" not in places(model, position_ids) or getattr(model.config, "alibi", False) \
+    if not takes(type(model), "position_ids") or getattr(model.config, "alibi", False) \
             or not all(map(wide, DynamicCache(config=model.config).layers)):
         raise InputError(f"a {type(model).__name__} cannot keep packed sequences apart here: do "
                          f"without --packing or --unsupervised_dataset_name, or take fewer tokens")
