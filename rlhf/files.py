@@ -23,7 +23,8 @@ def read(path, seed):
         loaded = opened(load_from_disk, path, "the data set") if names else \
             opened(load_dataset, name, "the data set", *filter(None, [configuration]))
         splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
-        streams = {split: _rows(f"{path}, {split}", rows) for split, rows in splits.items()}
+        where = os.path.normpath(path)                               # without a last slash
+        streams = {split: _rows(f"{where}, {split}", rows) for split, rows in splits.items()}
     else:
         streams = {n: _file(os.path.join(path, n)) for n in names if n.endswith(SUFFIXES)}
     shard = lambda name, kind: re.fullmatch(kind + r"([-_]?\d.*)?", name.split(".")[0])

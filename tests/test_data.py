@@ -384,9 +384,13 @@ def test_phases_are_disjoint_cover_everything_and_keep_a_prompts_rows_together(t
     args.dedup_prompts = False  # rows are cut, whatever their prompts
     loaded = [data.load(args, make_tokenizer(), phase) for phase in (1, 2, 3)]
     assert [len(train) for train, _ in loaded] == [72, 144, 144]
-    args.data_path = [f"{tmp_path}/./pairs.jsonl"]  # spelt otherwise, the cut is the same
-    again = data.load(args, make_tokenizer(), 2)
-    assert [{*rows["twin"]} for rows in again] == [{*rows["twin"]} for rows in loaded[1]]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path, otherwise in (("pairs.jsonl", "./pairs.jsonl"), ("saved", "saved/")):
+        found = []
+        for name in (path, otherwise):  # spelt otherwise, the cut is the same
+            args.data_path = [f"{tmp_path}/{name}"]
+            found.append([{*part["twin"]} for part in data.load(args, make_tokenizer(), 2)])
+        assert found[0] == found[1]
     assert prompts_of(loaded[0][0]) & prompts_of(loaded[1][0])
 
 
