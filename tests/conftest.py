@@ -37,6 +37,8 @@ from rlhf import render
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
+SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+SHAPE.update(max_position_embeddings=64)
 FAMILIES = {
     "opt": lambda v: OPTConfig(
         vocab_size=v,
@@ -49,31 +51,9 @@ FAMILIES = {
         dropout=0.1,
     ),
     "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=16, n_layer=2, n_head=2, n_positions=64),
-    "llama": lambda v: LlamaConfig(
-        vocab_size=v,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    ),
-    "gpt_neox": lambda v: GPTNeoXConfig(
-        vocab_size=v,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    ),
-    "qwen2": lambda v: Qwen2Config(
-        vocab_size=v,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    ),
+    "llama": lambda v: LlamaConfig(vocab_size=v, **SHAPE),
+    "gpt_neox": lambda v: GPTNeoXConfig(vocab_size=v, **SHAPE),
+    "qwen2": lambda v: Qwen2Config(vocab_size=v, num_key_value_heads=1, **SHAPE),
 }
 # How real tokenizers lay out special tokens; "bos is eos" is OPT's way.
 SPECIALS = {

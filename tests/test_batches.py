@@ -12,7 +12,7 @@ from transformers import Qwen3NextConfig
 from rlhf import batches, engine, models
 from rlhf.args import InputError
 from rlhf.losses import masked_mean
-from tests.conftest import FAMILIES, arguments, make_tokenizer, rows_of
+from tests.conftest import FAMILIES, SHAPE, arguments, make_tokenizer, rows_of
 
 
 def ragged(n, seed=0):
@@ -145,8 +145,7 @@ def test_packed_log_probs_and_gradients_are_those_of_each_row_alone(family):
     assert (leaked - got).abs().max() > 1e-3
 
 
-SMALL = dict(vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-WINDOW = dict(**SMALL, intermediate_size=32, num_key_value_heads=2)
+WINDOW = dict(**SHAPE, vocab_size=33, num_key_value_heads=2)
 HYBRID = dict(**WINDOW, head_dim=8, layer_types=["linear_attention", "full_attention"])
 HYBRID.update(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8)
 HYBRID.update(linear_value_head_dim=8, num_experts=0)
@@ -156,7 +155,7 @@ HYBRID.update(linear_value_head_dim=8, num_experts=0)
     "config",
     [
         BloomConfig(vocab_size=33, hidden_size=16, n_layer=2, n_head=2),
-        FalconConfig(alibi=True, **SMALL),
+        FalconConfig(alibi=True, vocab_size=33, **SHAPE),
         Qwen3NextConfig(**HYBRID),
         MistralConfig(sliding_window=4, **WINDOW),
     ],

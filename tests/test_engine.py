@@ -288,12 +288,8 @@ def fp16(monkeypatch, tmp_path):
 def test_fp16_where_there_is_none_is_one_sentence(start, call, world, monkeypatch):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     code, error = call(train_sft, **start, dtype="fp16", output_dir=world["out"])
-    assert (
-        code == 1
-        and "see --dtype" in error
-        and "fp16 is not supported" in error
-        and len(error.splitlines()) == 1
-    ), error
+    assert code == 1 and len(error.splitlines()) == 1, error
+    assert "see --dtype" in error and "fp16 is not supported" in error
     assert os.getcwd() + ":" not in error  # nor is this folder to blame
 
 

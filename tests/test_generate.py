@@ -10,7 +10,7 @@ from rlhf import batches, generate, models
 from rlhf.args import InputError
 from rlhf.generate import sample
 from rlhf.losses import token_logprobs
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, SHAPE
 
 
 @pytest.fixture
@@ -200,16 +200,11 @@ def test_layers_that_keep_a_state_instead_of_keys_sample_too(monkeypatch):
     assert len({*lengths.tolist()}) > 2
 
 
-SMALL = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, pad_token_id=0)
-
-
 @pytest.mark.parametrize(
     "config",
     [
-        MambaConfig(**SMALL),
-        MiniMaxConfig(
-            intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8, **SMALL
-        ),
+        MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, pad_token_id=0),
+        MiniMaxConfig(**SHAPE, vocab_size=64, num_key_value_heads=2, head_dim=8, pad_token_id=0),
     ],
     ids=["Mamba", "MiniMax"],
 )

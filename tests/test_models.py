@@ -16,7 +16,7 @@ from transformers import (
 
 from rlhf import batches, models
 from rlhf.args import InputError
-from tests.conftest import FAMILIES, SPECIALS, make_tokenizer, rows_of
+from tests.conftest import FAMILIES, SHAPE, SPECIALS, make_tokenizer, rows_of
 
 ROWS = [
     {"prompt": list(range(3, 3 + n)), "chosen": [5 + n] * r + [2]}
@@ -229,12 +229,8 @@ def test_a_longrope_model_is_good_for_its_first_context(tmp_path):
     """Past it, Transformers turns all rows of a batch by the longest one's frequencies."""
     factors = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4, rope_theta=1e4)
     config = Phi3Config(
+        **SHAPE,
         vocab_size=33,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
         original_max_position_embeddings=16,
         rope_parameters=dict(rope_type="longrope", **factors),
         pad_token_id=0,
