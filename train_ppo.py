@@ -48,6 +48,7 @@ def parse():
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
     add = parser.add_argument_group("update").add_argument
     add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
+    add("--align_overflow", action="store_true", help="fp16: both models skip a step, or none [DSC]")
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
     add("--critic_warmup_steps", type=count, default=0, help="iterations it trains alone [ours]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
@@ -64,6 +65,7 @@ def parse():
         args.critic_model_name_or_path = args.critic_model_name_or_path or "output/rm"
     args.rows = args.per_device_generation_batch_size * args.generation_batches
     args.step_rows = args.per_device_training_batch_size * args.gradient_accumulation_steps
+    if args.align_overflow and args.dtype != "fp16": parser.error("--align_overflow is for fp16")
     if args.target_kl and not args.kl_coef: parser.error("--target_kl adapts a --kl_coef above 0")
     if args.rows % args.step_rows:
         parser.error(f"a rollout of {args.rows} rows (generation batch size x batches) does not "
@@ -157,15 +159,17 @@ def ppo_update(actor, critic, experience, args, ema=None, text=None, both=True):
                         unsup = -masked_mean(unsup, block["mask"], text_denom)
                         actor_loss = actor_loss + args.unsup_coef * unsup
                         metrics["unsup_loss"] = unsup.detach()
-                metrics["actor_grad_norm"] = engine.step(actor, actor_loss) if both else 0.0
+                together = both and args.align_overflow
+                norm = engine.step(actor, actor_loss) if both and not together else 0.0
                 values = models.state_values(critic, batch)                                 # (B, R)
                 critic_loss, stats = value_loss(values, batch["old_values"], batch["returns"],
                                                 batch["mask"], args.value_clip, denom)
+                norms = engine.step_together((actor, actor_loss), (critic, critic_loss)) \
+                    if together else (norm, engine.step(critic, critic_loss))
                 history.append({**metrics, "value_loss": critic_loss.detach(),
                                 "value_clip_frac": stats["clip_frac"],
-                                "critic_grad_norm": engine.step(critic, critic_loss)})
-            if ema is not None and both and actor.was_step_applied():
-                ema.update()
+                                "actor_grad_norm": norms[0], "critic_grad_norm": norms[1]})
+            if ema is not None and both and actor.was_step_applied(): ema.update()
     first = history[:args.gradient_accumulation_steps]             # before anything has moved
     errors = [abs(m[name] - 1) for m in first for name in ("ratio_min", "ratio_max")]
     passes = {actor: actor.passes if both else 1, critic: critic.passes}

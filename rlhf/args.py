@@ -70,8 +70,7 @@ def run(main):
 def _number(kind, allowed, wanted):
     def convert(text):
         with contextlib.suppress(ValueError):
-            if allowed(value := kind(text)):
-                return value
+            if allowed(value := kind(text)): return value
         raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
     return convert
 

@@ -71,8 +71,7 @@ class Packs:
         for number in (-lengths).argsort(kind="stable").tolist():
             at = bisect.bisect_left(free, (lengths[number], -1))
             left, pack = free.pop(at) if at < len(free) else (room, len(self.packs))
-            if pack == len(self.packs):
-                self.packs.append([])
+            if pack == len(self.packs): self.packs.append([])
             self.packs[pack].append(number)
             bisect.insort(free, (left - lengths[number], pack))         # the room left, where
     __len__ = lambda self: len(self.packs)

@@ -42,8 +42,7 @@ def fingerprint(path):
 def collect(rows, cache_dir, **kinds):
     """An iterator of dicts -> a Dataset on disk with columns of these kinds."""
     features, first = _features(kinds), next(rows, None)
-    if first is None:
-        return Dataset.from_dict({name: [] for name in kinds}, features)
+    if first is None: return Dataset.from_dict({name: [] for name in kinds}, features)
     try:
         return Dataset.from_generator(lambda: chain([first], rows), features, cache_dir,
                                       fingerprint="rows")    # it could not hash an open file

@@ -56,8 +56,7 @@ class Checkpoints:
         """At a step's end: save, if it is time; end the run if any rank got a signal."""
         stop = engine.anywhere(self.stopped)
         if stop or self.args.save_interval and step % self.args.save_interval == 0:
-            with writing(f"the checkpoint of step {step} to {self.folder}"):
-                self._save(step)
+            with writing(f"the checkpoint of step {step} to {self.folder}"): self._save(step)
         if stop:
             say(f"stopped after step {step}; to go on, start as before, with --resume")
             raise SystemExit(0)

@@ -123,8 +123,7 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
     streams, work = files.read(path, args.seed), os.path.dirname(folder)
     train, held_out = (_texts(rows, name, phase, args, tokenizer, os.path.join(work, str(part)))
                        for part, rows in enumerate(streams))
-    if not train:
-        raise InputError(f"{path}: it has no rows")
+    if not train: raise InputError(f"{path}: it has no rows")
     keys = cache.column(train, "key")
     prompts = np.unique(keys[keys != 0])      # in the order of their hashes: a seeded permutation
     place, cut = np.searchsorted(prompts, keys), len(prompts)

@@ -162,12 +162,25 @@ def global_denom(batches):
     (micro-batches x ranks).  DeepSpeed averages gradients over these two: one mean over tokens."""
     return gather(sum(b["mask"].sum() for b in batches).float()).sum() / len(batches) / world_size()
 
-def step(engine, loss):
+def step(engine, loss=None):
     """Backward, and the step when it is due -> the gradient's norm before clipping, else None."""
-    engine.backward(loss)
+    if loss is not None: engine.backward(loss)
     due = engine.is_gradient_accumulation_boundary()
     engine.step()
     return float(engine.get_global_grad_norm()) if due else None     # else it is the last step's
+
+def step_together(*pairs):
+    """step() of several (engine, loss): where fp16 gradients of one overflow, all skip that step."""
+    for engine, loss in pairs: engine.backward(loss)
+    optimizers = [engine.optimizer for engine, _ in pairs]
+    if pairs[0][0].is_gradient_accumulation_boundary():
+        for optimizer in optimizers: optimizer.check_overflow()
+        overflow = any([optimizer.overflow for optimizer in optimizers])
+        for optimizer in optimizers:                       # in place of its own check, this once
+            optimizer.check_overflow = lambda o=optimizer, **_: setattr(o, "overflow", overflow)
+    norms = [step(engine) for engine, _ in pairs]
+    for optimizer in optimizers: vars(optimizer).pop("check_overflow", None)
+    return norms
 
 @contextlib.contextmanager
 def whole(engine):
@@ -185,8 +198,7 @@ def save(engine, tokenizer, path):
 def gather(tensor):
     """One tensor of the same shape from every rank -> (ranks, ...)."""
     parts = [tensor.clone() for _ in range(world_size())]
-    if dist.is_initialized():
-        dist.all_gather(parts, tensor.contiguous())
+    if dist.is_initialized(): dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 
 def _by_name(columns, total=torch.mean):
@@ -217,8 +229,7 @@ def on_rank_zero(function, every_node=False):
     """Rank 0 (or each node's first) calls the function, the others wait; its error ends all."""
     error = None
     try:
-        if (int(os.environ.get("LOCAL_RANK", 0)) if every_node else rank()) == 0:
-            function()
+        if (int(os.environ.get("LOCAL_RANK", 0)) if every_node else rank()) == 0: function()
     except Exception as caught:                      # raised below, when the others have heard
         error = caught
     if anywhere(error is not None): raise error or InputError("another rank stopped")

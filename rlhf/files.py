@@ -43,8 +43,7 @@ def texts(path, seed):
     for row, where in rows:
         if not isinstance(row.get("text"), str) or half_surrogate(row["text"]):
             raise InputError(f"{where}: no sound text in column text (found: {', '.join(row)})")
-        if row["text"].strip():
-            yield {"text": row["text"]}
+        if row["text"].strip(): yield {"text": row["text"]}
 
 def _rows(path, rows):
     try:

@@ -7,8 +7,7 @@ from rlhf.args import writing
 
 def say(text):
     """A line for the user, above the progress bar."""
-    if engine.rank() == 0:
-        tqdm.write(text, file=sys.stdout), sys.stdout.flush()
+    if engine.rank() == 0: tqdm.write(text, file=sys.stdout), sys.stdout.flush()
 
 class Log:
     """A run's args.json, metrics.jsonl, samples.jsonl and bar; `shown`: the line's metrics."""

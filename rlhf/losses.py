@@ -29,8 +29,7 @@ def masked_mean(x, mask, denom=None):
 def masked_moments(x, mask):
     """Mean and (biased) variance of x over the valid tokens of ALL ranks -> two scalars."""
     def over_ranks(sums):
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+        if dist.is_available() and dist.is_initialized(): dist.all_reduce(sums)
         return sums
     x = _wide(x).masked_fill(~mask, 0.0)
     total, count = over_ranks(torch.stack([x.sum(), mask.sum().to(x.dtype)]))

@@ -191,8 +191,7 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
         for how in ("missing", "unexpected"):
             bad = sorted(n for n in report[f"{how}_keys"] if not (new_head and n.startswith(heads)))
             hint = ": it is no reward model, see train_rm.py" if "score.weight" in bad else ""
-            if bad:
-                raise InputError(f"{path} has {len(bad)} {how} weight(s), {bad[0]} first{hint}")
+            if bad: raise InputError(f"{path} has {len(bad)} {how} weight(s), {bad[0]} first{hint}")
         for name, found, wanted in report["mismatched_keys"]:
             raise InputError(f"{path}: weight {name} has shape {tuple(found)}, not {tuple(wanted)}")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:

@@ -21,8 +21,7 @@ def render(row, where, layout, phase, tokenizer):
     dropped = lambda reason, name="": (reason, name, "", "", "")
     if isinstance(row, str): return dropped(row)
     *texts, response = (_fill(template, row, where) for template in layout[:4])
-    if phase == 1 and response:
-        texts[1] = response
+    if phase == 1 and response: texts[1] = response
     name = texts[0]
     if any(isinstance(text, list) for text in texts):
         if (talk := _chat(*texts, where, tokenizer)) is None:
@@ -119,8 +118,7 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
     prompts = ids_of(tokenizer, texts["prompt"])
     columns = zip(prompts, responses(texts["chosen"]), responses(texts["rejected"]))
     for i, (prompt, *answers) in enumerate(columns):
-        if not prompt or (max_prompt and not answers[0] and len(prompt) > max_prompt):
-            continue
+        if not prompt or (max_prompt and not answers[0] and len(prompt) > max_prompt): continue
         length = len(prompt) + max(map(len, answers))
         most = max_prompt or max_seq_len
         limit = max_seq_len - min(len(prompt), most, max_seq_len // 2)
@@ -131,8 +129,7 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
         prompt = prompt[-room:]
         if answers[0] == answers[1] != []:                    # a pair that was told apart later
             continue
-        if train_on_prompt:
-            prompt, answers[0] = prompt[:1], prompt[1:] + answers[0]
+        if train_on_prompt: prompt, answers[0] = prompt[:1], prompt[1:] + answers[0]
         kept = len(prompt) + max(map(len, answers))
         rows.append({**{name: texts[name][i] for name in texts}, "prompt": prompt, "chosen":
                      answers[0], "rejected": answers[1], "length": kept, "cut": kept < length})

@@ -89,12 +89,10 @@ def rows(n_train=36000, n_test=HELD_OUT, seed=1234):
 
 def _row(prompt, rng):
     first = second = demonstration(prompt, rng)
-    while second == first:
-        second = demonstration(prompt, rng)
+    while second == first: second = demonstration(prompt, rng)
     difference = judge(prompt, first)["reward"] - judge(prompt, second)["reward"]
     bayes = 1 / (1 + math.exp(-difference))
-    if rng.random() >= bayes:
-        first, second, bayes = second, first, 1 - bayes
+    if rng.random() >= bayes: first, second, bayes = second, first, 1 - bayes
     return {"prompt": prompt, "response": f" {demonstration(prompt, rng)}", "chosen": f" {first}",
             "rejected": f" {second}", "bayes": bayes}
 

@@ -331,6 +331,41 @@ def test_an_fp16_overflow_skips_the_step_and_counts_none(fp16, ppo, call, world)
         assert all(torch.equal(start[n], w) for n, w in weights(out / name).items())
 
 
+@pytest.mark.parametrize("stage,accumulation", [(0, 1), (2, 2), (3, 1)])
+def test_align_overflow_lets_both_models_skip_the_step_that_one_overflows(
+    fp16, ppo, call, world, stage, accumulation
+):
+    """At this scale the critic's gradients overflow at first, the actor's do not."""
+    flags = dict(fp16(16), actor_lr=1e-3, critic_lr=1e-3, actor_zero_stage=stage, max_steps=4)
+    flags.update(critic_zero_stage=stage, gradient_accumulation_steps=accumulation)
+    flags.update(per_device_training_batch_size=16 // accumulation, lr_scheduler_type="linear")
+    rows = {}
+    for aligned in (False, True):
+        out = f"aligned {aligned}"
+        code, error = call(train_ppo, *["--align_overflow"] * aligned, **ppo(out, **flags))
+        assert code == 0, error
+        rows[aligned] = metrics(world["out"] / out)
+    overflows = [
+        [row[f"{name}_grad_norm"] is None for name in ("actor", "critic")] for row in rows[0]
+    ]
+    assert [False, True] in overflows
+    steps = 0
+    for row in rows[True]:
+        assert (row["kl"] == 0) == (steps == 0)  # until the first step the actor is the reference
+        for name in ("actor", "critic"):
+            assert row[f"{name}_lr"] == pytest.approx(1e-3 * (1 - steps / 4))
+        skipped = row["actor_grad_norm"] is None
+        assert skipped == (row["critic_grad_norm"] is None)
+        steps += not skipped
+        assert row["skipped_steps"] == row["step"] - steps
+    assert 0 < steps < 4
+
+
+def test_align_overflow_is_for_fp16(ppo, call):
+    code, error = call(train_ppo, **ppo("x", align_overflow=True))
+    assert code == 2 and "--align_overflow is for fp16" in error
+
+
 @pytest.mark.parametrize(
     "given,settings,expected",
     [
