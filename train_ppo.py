@@ -48,7 +48,7 @@ def parse():
     add("--no_whiten_advantages", action="store_true", help="as DSC [ours: whitened]")
     add = parser.add_argument_group("update").add_argument
     add("--per_device_training_batch_size", type=positive_int, default=16, help="rows [DSC]")
-    add("--align_overflow", action="store_true", help="fp16: both models skip a step, or none [DSC]")
+    add("--align_overflow", action="store_true", help="fp16: both skip a step, or none [DSC]")
     add("--ppo_epochs", type=positive_int, default=1, help="passes over a rollout [DSC]")
     add("--critic_warmup_steps", type=count, default=0, help="iterations it trains alone [ours]")
     add("--clip", type=positive, default=0.2, help="of the ratio, epsilon [PPO]")
@@ -89,8 +89,7 @@ def function_scores(batch, tokenizer, args):
                 raise ValueError(f"{scores.tolist()} for {len(given[0])} responses")
             return scores.to(batch["mask"].device)
         except (Exception, SystemExit) as error:             # the function's own: on which row?
-            for row in zip(*given) if len(given[0]) > 1 else ():
-                judged(*([part] for part in row))
+            for row in zip(*given) if len(given[0]) > 1 else (): judged(*([part] for part in row))
             raise flags.InputError(f"--reward_fn: {error!r} at {given[0]!r:.300}") from error
     return judged(models.texts(tokenizer, batch["prompt_ids"], batch["prompt_mask"]),
                   models.texts(tokenizer, batch["response_ids"], batch["mask"]),

@@ -4,9 +4,6 @@ DeepSpeed-Chat's flag or script, [IGPT] InstructGPT (arXiv:2203.02155), [PPO] ar
 import argparse, atexit, contextlib, os, re, sys, tempfile, time
 from safetensors import SafetensorError
 
-SCHEDULES = """linear cosine cosine_with_restarts cosine_with_min_lr polynomial constant
-    constant_with_warmup""".split()
-
 class InputError(Exception):
     """The user gave something wrong.  The message is one sentence: what, where, what to do."""
 
@@ -133,7 +130,8 @@ def add_training(parser, learning_rate=None, warmup=0):
         add_trained(parser, "", learning_rate)
     add("--num_train_epochs", type=positive_int, default=1, help="passes over the data [DSC]")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches [DSC]")
-    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="Transformers' [DSC]")
+    add("--lr_scheduler_type", default="cosine", help="Transformers' [DSC]", choices="linear cosine"
+        " cosine_with_restarts cosine_with_min_lr polynomial constant constant_with_warmup".split())
     add("--lr_scaling", choices=("none", "sqrt", "linear"), default="none", help="by batch [ours]")
     add("--base_batch_size", type=positive_int, default=32, help="that the rates are for [ours]")
     add("--lr_range_test", type=count, nargs="?", const=100, default=0, help="in N steps [ours]")

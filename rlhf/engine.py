@@ -9,6 +9,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
 import datasets, torch, transformers
 from torch import distributed as dist, nn, optim
+from torch.nn.attention import _cur_sdpa_kernel_backends as kernels, sdpa_kernel
 from torch.utils import benchmark, checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import lora, models
@@ -75,8 +76,6 @@ def train_engine(model, args, name, micro_batch, steps):
     schedule, as the flags say; name: what this model's begin with (step 3: actor_, critic_)."""
     transformers.set_seed(args.seed)                              # adapters are alike on all ranks
     of = lambda flag: getattr(args, name + flag)
-    if model.config.hidden_size < 256:     # oneDNN takes long to begin attention's small products
-        torch.set_float32_matmul_precision("highest")                             # MKL's start fast
     dtype, stage = models.pick_dtype(args.dtype), of("zero_stage")
     if args.offload and not stage:
         raise InputError(f"--offload moves shards to the CPU: give --{name}zero_stage 1, 2 or 3")
@@ -90,9 +89,11 @@ def train_engine(model, args, name, micro_batch, steps):
             stage == 3 or not dim or not getattr(model, "is_quantized", False)):
         raise InputError(f"--load_in_4bit needs a trained policy, --{name}lora_dim, a stage < 3")
     if of("gradient_checkpointing"):
+        alike = lambda: (contextlib.nullcontext(), sdpa_kernel(kernels()))      # see models.attend
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):    # Transformers': in train() only
-                layer.forward = partial(checkpoint.checkpoint, layer.forward, use_reentrant=False)
+                layer.forward = partial(checkpoint.checkpoint, layer.forward, use_reentrant=False,
+                                        context_fn=alike)
     scale = lr_scale(args, micro_batch * args.gradient_accumulation_steps * world_size())
     groups, ramp = defaultdict(list), args.lr_range_test
     for weight_name, weight in model.named_parameters():
@@ -170,17 +171,15 @@ def step(engine, loss=None):
     return float(engine.get_global_grad_norm()) if due else None     # else it is the last step's
 
 def step_together(*pairs):
-    """step() of several (engine, loss): where fp16 gradients of one overflow, all skip that step."""
+    """step() of several (engine, loss): if fp16 gradients of one overflow, all skip that step."""
     for engine, loss in pairs: engine.backward(loss)
     optimizers = [engine.optimizer for engine, _ in pairs]
     if pairs[0][0].is_gradient_accumulation_boundary():
-        for optimizer in optimizers: optimizer.check_overflow()
+        for optimizer in optimizers: type(optimizer).check_overflow(optimizer)
         overflow = any([optimizer.overflow for optimizer in optimizers])
-        for optimizer in optimizers:                       # in place of its own check, this once
+        for optimizer in optimizers:                         # in place of its own check from now on
             optimizer.check_overflow = lambda o=optimizer, **_: setattr(o, "overflow", overflow)
-    norms = [step(engine) for engine, _ in pairs]
-    for optimizer in optimizers: vars(optimizer).pop("check_overflow", None)
-    return norms
+    return [step(engine) for engine, _ in pairs]
 
 @contextlib.contextmanager
 def whole(engine):

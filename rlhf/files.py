@@ -47,8 +47,7 @@ def texts(path, seed):
 
 def _rows(path, rows):
     try:
-        for number, row in enumerate(rows, 1):
-            yield row, f"{path}, row {number}"
+        for number, row in enumerate(rows, 1): yield row, f"{path}, row {number}"
     except Exception as error:            # of many libraries' own types
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 

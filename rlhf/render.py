@@ -67,8 +67,7 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
     chat template, if it has one.  None for a pair whose prompts differ."""
     before, talks = prompt if isinstance(prompt, list) else [], []
     for answer in (chosen, rejected):
-        if isinstance(answer, str) and answer:
-            answer = [{"role": "assistant", "content": answer}]
+        if isinstance(answer, str) and answer: answer = [{"role": "assistant", "content": answer}]
         answer = answer or []
         talks.append(answer if answer[:len(before)] == before else before + answer)
     for message in sum(talks, before):
@@ -119,8 +118,7 @@ def tokenise(tokenizer, texts, max_seq_len, max_prompt=None, train_on_prompt=Fal
     columns = zip(prompts, responses(texts["chosen"]), responses(texts["rejected"]))
     for i, (prompt, *answers) in enumerate(columns):
         if not prompt or (max_prompt and not answers[0] and len(prompt) > max_prompt): continue
-        length = len(prompt) + max(map(len, answers))
-        most = max_prompt or max_seq_len
+        length, most = len(prompt) + max(map(len, answers)), max_prompt or max_seq_len
         limit = max_seq_len - min(len(prompt), most, max_seq_len // 2)
         answers = [a if len(a) <= limit else a[:limit - 1] + [eos] for a in answers]
         room = min(most, max_seq_len - max(map(len, answers)))

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 
 import train_ppo
 import train_sft
-from rlhf import engine, models
+from rlhf import batches, engine, models
 from tests.conftest import (
     ENV,
+    FAMILIES,
     ROOT,
     free_port,
     make_model,
     metrics,
+    rows_of,
     run,
     run_script,
     to_flags,
@@ -228,21 +230,57 @@ def test_products_that_would_round_to_bf16_are_not_taken(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("width", [128, 256])
-def test_narrow_models_keep_the_exact_precision(model_folder, start, call, world, width):
-    """The products of their attention are small, and oneDNN takes long to begin each."""
-    before = torch.get_float32_matmul_precision()
-    wide = model_folder("llama", name="wide", hidden_size=width)
-    flags = {**start, "model_name_or_path": wide, "max_steps": 1, "output_dir": world["out"]}
-    try:
-        engine.prepare("error")
-        prepared = torch.get_float32_matmul_precision()
-        code, error = call(train_sft, **flags)
-        assert code == 0, error
-        found = torch.get_float32_matmul_precision()
-        assert found == (prepared if width == 256 else "highest")
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.fixture
+def precision(monkeypatch):
+    """precision(name): as if engine.prepare() had found it."""
+    yield lambda name: monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: name)
+    torch.backends.cuda.enable_flash_sdp(True)
+
+
+def padded(tokenizer, *lengths):
+    """A batch of rows of two words and responses of so many."""
+    texts = [(" w1 w2" * (i + 1), " w3" * n) for i, n in enumerate(lengths)]
+    rows = rows_of(tokenizer, texts, max_seq_len=512)
+    return batches.collate(tokenizer, rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_short_rows_attend_otherwise_and_alike(model_folder, precision, family):
+    path = model_folder(family)
+    tokenizer = models.load_tokenizer(path)
+    model, batch = models.load_policy(path, tokenizer).eval(), padded(tokenizer, 20, 3, 9)
+    logp = {}
+    for name in ("highest", "medium"):
+        precision(name)
+        with torch.no_grad():
+            logp[name] = models.policy_logprobs(model, batch)
+        assert torch.backends.cuda.flash_sdp_enabled() == (name == "highest")
+    assert torch.allclose(logp["highest"], logp["medium"], atol=1e-5)
+
+
+def test_a_layer_that_is_computed_again_attends_as_it_did(
+    model_folder, precision, monkeypatch, tmp_path
+):
+    """Here the longer rows, which are read last, choose otherwise than the shorter ones."""
+    path = model_folder("llama", max_position_embeddings=512)
+    tokenizer = models.load_tokenizer(path)
+    short, long = padded(tokenizer, 9), padded(tokenizer, 300)
+    precision("medium")
+    gradients = []
+    for flags in ([], ["--gradient_checkpointing"]):
+        argv = ["train_sft.py", "--dtype=fp32", f"--output_dir={tmp_path}", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        args = engine.init(train_sft.parse())
+        policy = engine.train_engine(models.load_policy(path, tokenizer), args, "", 1, 1)
+        policy.train()
+        losses = []
+        for batch, flash in ((short, False), (long, True)):
+            losses.append(models.policy_logprobs(policy, batch).sum())
+            assert torch.backends.cuda.flash_sdp_enabled() == flash
+        engine.step(policy, sum(losses))
+        gradients.append(float(policy.get_global_grad_norm()))
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-5)
 
 
 def test_the_rate_of_products_counts_a_multiplication_and_an_addition_each(monkeypatch):
