@@ -3,6 +3,9 @@
 import json
 import sys
 
+import pytest
+
+from tests.bench import memory
 from tests.conftest import ENV, make_model, run
 
 
@@ -17,3 +20,19 @@ def test_foretold_memory_is_within_15_percent_of_real_steps(tmp_path):
     assert len(found) == 7
     for name, (real, foretold) in found.items():
         assert abs(foretold / real - 1) < 0.15, (name, real, foretold)
+
+
+@pytest.mark.parametrize(
+    "script,flags,expected",
+    [
+        ("train_sft.py", [], {"model": 3}),
+        ("train_rm.py", [], {"model": 6}),
+        ("train_dpo.py", [], {"model": 6, "reference": 6}),
+        ("train_dpo.py", ["--precompute_ref_logp"], {"model": 6}),
+        ("train_dpo.py", ["--lora_dim=4"], {"model": 6}),
+        ("train_dpo.py", ["--lora_dim=4", "--no-only_optimize_lora"], {"model": 6, "reference": 6}),
+    ],
+)
+def test_every_model_of_a_run_and_both_rows_of_a_pair_are_foretold(script, flags, expected):
+    args = memory.parsed(script, ["--per_device_train_batch_size=3", *flags])
+    assert {model.name: model.rows for model in memory.plan(script, args)} == expected

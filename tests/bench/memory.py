@@ -185,6 +185,8 @@ def estimate(wanted, args, ranks):
         found["optimizer"] += 8 * trained / shard
         found["CPU"] += 8 * trained / shard
         found["CPU"] += found["weights"] * (stage == 3)
+    if wanted.flags == "actor_" and args.enable_ema:  # an fp32 shadow of this rank's weights
+        found["optimizer"] += 4 * trained / (ranks if stage == 3 else 1)
     held = found["gradients"] * (stage == 3)
     resident = found["weights"] + found["optimizer"] + held - found["CPU"]
     gathered = found["weights"] * ranks * (stage == 3)
@@ -201,28 +203,32 @@ def estimate(wanted, args, ranks):
 
 def plan(script, args):
     """What models a script's flags ask for."""
-    if script != "train_ppo.py":
-        rows, scalar = args.per_device_train_batch_size, script == "train_rm.py"
-        rows, length = rows * (2 if scalar else 1), args.max_seq_len
-        return [Model("model", args.model_name_or_path, "", rows, 1, length - 1, scalar)]
-    start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
-    cut = (args.max_prompt_seq_len, args.max_answer_seq_len)
-    train, sample = args.per_device_training_batch_size, args.per_device_generation_batch_size
 
-    def read_only(name, path, scalar, trained):
+    def read_only(name, path, rows, cut, scalar, trained):
         own = getattr(args, f"{name}_zero_stage")
         stage = 3 if (trained if own is None else own) == 3 else 0
         offload = getattr(args, f"offload_{name}_model")
-        return Model(name, path, None, sample, *cut, scalar, stage, offload)
+        return Model(name, path, None, rows, *cut, scalar, stage, offload)
 
+    if script != "train_ppo.py":
+        path, cut = args.model_name_or_path, (1, args.max_seq_len - 1)
+        rows = args.per_device_train_batch_size * (1 if script == "train_sft.py" else 2)
+        found = [Model("model", path, "", rows, *cut, script == "train_rm.py")]
+        alone = script != "train_dpo.py" or args.precompute_ref_logp
+        if not (alone or args.lora_dim and args.only_optimize_lora):
+            found.append(read_only("reference", path, rows, cut, False, args.zero_stage))
+        return found
+    start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
+    cut = (args.max_prompt_seq_len, args.max_answer_seq_len)
+    train, sample = args.per_device_training_batch_size, args.per_device_generation_batch_size
     found = [
         Model("actor", start, "actor_", train, *cut, sampled=sample),
         Model("critic", scores or start, "critic_", train, *cut, scalar=True),
     ]
     if scores:  # else --reward_fn is the reward
-        found.append(read_only("reward", scores, True, args.critic_zero_stage))
+        found.append(read_only("reward", scores, sample, cut, True, args.critic_zero_stage))
     if not (args.actor_lora_dim and args.only_optimize_lora):
-        found.append(read_only("reference", start, False, args.actor_zero_stage))
+        found.append(read_only("reference", start, sample, cut, False, args.actor_zero_stage))
     return found
 
 
@@ -299,6 +305,7 @@ def table():
 
 if __name__ == "__main__":
     engine.prepare("error")
+    torch.set_float32_matmul_precision("highest")  # attention as on GPUs (models.attend)
     if sys.argv[1:] == ["--table"]:
         table()
     else:
