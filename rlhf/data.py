@@ -111,8 +111,7 @@ def load(args, tokenizer, phase, max_prompt=None):
         if (kept := len(own) + len(held_out)) < before:
             say(f"{before - kept} rows left out: repeated, or to train on a held-out prompt")
             train = train.select(own)
-    if not train:
-        raise InputError("no training rows are left: hold out others, or --no-dedup_prompts")
+    if not train: raise InputError("no training row is left: hold out others or --no-dedup_prompts")
     order = np.random.default_rng(args.seed).permutation(len(held_out))
     return train, held_out.select(order[:args.max_eval_rows])
 

@@ -9,7 +9,6 @@ with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
 import datasets, torch, transformers
 from torch import distributed as dist, nn, optim
-from torch.nn.attention import _cur_sdpa_kernel_backends as kernels, sdpa_kernel
 from torch.utils import benchmark, checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import lora, models
@@ -76,6 +75,8 @@ def train_engine(model, args, name, micro_batch, steps):
     schedule, as the flags say; name: what this model's begin with (step 3: actor_, critic_)."""
     transformers.set_seed(args.seed)                              # adapters are alike on all ranks
     of = lambda flag: getattr(args, name + flag)
+    if model.config.hidden_size < 256 and torch.get_float32_matmul_precision() == "medium":
+        torch.backends.cuda.enable_flash_sdp(False)      # it starts many small products of oneDNN's
     dtype, stage = models.pick_dtype(args.dtype), of("zero_stage")
     if args.offload and not stage:
         raise InputError(f"--offload moves shards to the CPU: give --{name}zero_stage 1, 2 or 3")
@@ -89,11 +90,9 @@ def train_engine(model, args, name, micro_batch, steps):
             stage == 3 or not dim or not getattr(model, "is_quantized", False)):
         raise InputError(f"--load_in_4bit needs a trained policy, --{name}lora_dim, a stage < 3")
     if of("gradient_checkpointing"):
-        alike = lambda: (contextlib.nullcontext(), sdpa_kernel(kernels()))      # see models.attend
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):    # Transformers': in train() only
-                layer.forward = partial(checkpoint.checkpoint, layer.forward, use_reentrant=False,
-                                        context_fn=alike)
+                layer.forward = partial(checkpoint.checkpoint, layer.forward, use_reentrant=False)
     scale = lr_scale(args, micro_batch * args.gradient_accumulation_steps * world_size())
     groups, ramp = defaultdict(list), args.lr_range_test
     for weight_name, weight in model.named_parameters():
@@ -171,15 +170,18 @@ def step(engine, loss=None):
     return float(engine.get_global_grad_norm()) if due else None     # else it is the last step's
 
 def step_together(*pairs):
-    """step() of several (engine, loss): if fp16 gradients of one overflow, all skip that step."""
+    """step() of several (engine, loss): if fp16 gradients of one overflow, all skip that step, and
+    the loss scale of that one falls."""
     for engine, loss in pairs: engine.backward(loss)
+    due = pairs[0][0].is_gradient_accumulation_boundary()
     optimizers = [engine.optimizer for engine, _ in pairs]
-    if pairs[0][0].is_gradient_accumulation_boundary():
-        for optimizer in optimizers: type(optimizer).check_overflow(optimizer)
-        overflow = any([optimizer.overflow for optimizer in optimizers])
-        for optimizer in optimizers:                         # in place of its own check from now on
-            optimizer.check_overflow = lambda o=optimizer, **_: setattr(o, "overflow", overflow)
-    return [step(engine) for engine, _ in pairs]
+    found = [o.check_overflow() or o.overflow for o in optimizers] if due else []
+    for o, own in zip(optimizers, found):           # what DeepSpeed would find itself in this step
+        o.check_overflow = lambda o=o, **_: setattr(o, "overflow", any(found))
+        o._update_scale = lambda _, o=o, own=own: type(o)._update_scale(o, own)
+    norms = [step(engine) for engine, _ in pairs]
+    for o, _ in zip(optimizers, found): del o.check_overflow, o._update_scale
+    return norms
 
 @contextlib.contextmanager
 def whole(engine):

@@ -50,6 +50,7 @@ def reordered(model):
     """A model on the CPU whose linear maps read copies of their weights in oneDNN's own order.  For
     a token a row, MKL reads plain ones at a fraction of the memory's speed."""
     ops, precision = torch.ops.mkldnn, torch.get_float32_matmul_precision()
+    flash = torch.backends.cuda.flash_sdp_enabled()
     able = hasattr(ops, "_linear_pointwise") and (model.dtype == torch.float32 or (
         model.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()))
     linears = [m for m in model.modules() if able and type(m) is torch.nn.Linear]
@@ -61,7 +62,7 @@ def reordered(model):
                 ops._linear_pointwise(x, W, b, "none", [], "")
         yield
     finally:
-        torch.set_float32_matmul_precision(precision), torch.backends.cuda.enable_flash_sdp(True)
+        torch.set_float32_matmul_precision(precision), torch.backends.cuda.enable_flash_sdp(flash)
         for m in linears: vars(m).pop("forward", None)
 
 class Room(StaticLayer):

@@ -71,7 +71,6 @@ class ScalarModel(nn.Module):
         self.classifier, self.config = classifier, classifier.config
     def forward(self, input_ids, attention_mask):
         """(B, T), (B, T) -> (B, T) fp32: the head's output after each token."""
-        attend(input_ids)
         backbone = self.classifier.base_model
         hidden = backbone(input_ids, use_cache=False, **places(backbone, attention_mask))[0]
         return self.classifier.score(hidden).squeeze(-1)
@@ -79,7 +78,6 @@ class ScalarModel(nn.Module):
 def policy_logprobs(model, batch, temperature=1.0):
     """log pi(y_t | x, y_<t) -> (B, R) fp32: the one forward, and only the response is projected."""
     ids, mask, back = _flush_right(batch)
-    attend(ids)
     net, R = getattr(model, "module", model), batch["mask"].shape[1]
     where = _apart(net, batch["position_ids"]) if "position_ids" in batch else places(net, mask)
     before = torch.arange(ids.shape[1] - 1, device=ids.device)[-R:]   # no slice: matmul copies W
@@ -94,12 +92,6 @@ def state_values(model, batch):
 def sequence_scores(model, batch):
     """The reward model's score of each row, read at its last real token -> (B,) fp32."""
     return model(*_flush_right(batch)[:2])[:, -1]
-
-def attend(ids):
-    """On CPUs, choose how the next forward attends.  Over few tokens oneDNN's products of whole
-    matrices are faster than the flash kernel's pieces; over more their (T, T) weights are large."""
-    pieces = ids.shape[1] > 256 or torch.get_float32_matmul_precision() == "highest"
-    if ids.is_cpu: torch.backends.cuda.enable_flash_sdp(pieces)
 
 def _flush_right(batch):
     """-> ids, mask (B, t): all rows end in the last column, and padding that all have is left out;

@@ -766,7 +766,7 @@ def test_the_page_of_what_training_would_see(tmp_path):
     assert any("trained] >>>w" in line and line.endswith("</s><<<") for line in lines)
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "test.jsonl", rows)
-    with pytest.raises(InputError, match="no training rows are left: hold out others"):
+    with pytest.raises(InputError, match="no training row is left: hold out others"):
         data.load(arguments(tmp_path, tmp_path, data_split="0,1,0"), make_tokenizer(), 2)
 
 

@@ -15,15 +15,13 @@ from safetensors.torch import load_file
 
 import train_ppo
 import train_sft
-from rlhf import batches, engine, models
+from rlhf import engine, models
 from tests.conftest import (
     ENV,
-    FAMILIES,
     ROOT,
     free_port,
     make_model,
     metrics,
-    rows_of,
     run,
     run_script,
     to_flags,
@@ -230,57 +228,34 @@ def test_products_that_would_round_to_bf16_are_not_taken(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture
-def precision(monkeypatch):
-    """precision(name): as if engine.prepare() had found it."""
-    yield lambda name: monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: name)
-    torch.backends.cuda.enable_flash_sdp(True)
-
-
-def padded(tokenizer, *lengths):
-    """A batch of rows of two words and responses of so many."""
-    texts = [(" w1 w2" * (i + 1), " w3" * n) for i, n in enumerate(lengths)]
-    rows = rows_of(tokenizer, texts, max_seq_len=512)
-    return batches.collate(tokenizer, rows)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_short_rows_attend_otherwise_and_alike(model_folder, precision, family):
-    path = model_folder(family)
-    tokenizer = models.load_tokenizer(path)
-    model, batch = models.load_policy(path, tokenizer).eval(), padded(tokenizer, 20, 3, 9)
-    logp = {}
-    for name in ("highest", "medium"):
-        precision(name)
-        with torch.no_grad():
-            logp[name] = models.policy_logprobs(model, batch)
-        assert torch.backends.cuda.flash_sdp_enabled() == (name == "highest")
-    assert torch.allclose(logp["highest"], logp["medium"], atol=1e-5)
-
-
-def test_a_layer_that_is_computed_again_attends_as_it_did(
-    model_folder, precision, monkeypatch, tmp_path
+@pytest.mark.parametrize("width,found", [(128, "medium"), (128, "highest"), (256, "medium")])
+def test_narrow_models_attend_without_the_flash_kernel(
+    model_folder, ppo, call, world, monkeypatch, width, found
 ):
-    """Here the longer rows, which are read last, choose otherwise than the shorter ones."""
-    path = model_folder("llama", max_position_embeddings=512)
-    tokenizer = models.load_tokenizer(path)
-    short, long = padded(tokenizer, 9), padded(tokenizer, 300)
-    precision("medium")
-    gradients = []
-    for flags in ([], ["--gradient_checkpointing"]):
-        argv = ["train_sft.py", "--dtype=fp32", f"--output_dir={tmp_path}", *flags]
-        monkeypatch.setattr(sys, "argv", argv)
-        args = engine.init(train_sft.parse())
-        policy = engine.train_engine(models.load_policy(path, tokenizer), args, "", 1, 1)
-        policy.train()
-        losses = []
-        for batch, flash in ((short, False), (long, True)):
-            losses.append(models.policy_logprobs(policy, batch).sum())
-            assert torch.backends.cuda.flash_sdp_enabled() == flash
-        engine.step(policy, sum(losses))
-        gradients.append(float(policy.get_global_grad_norm()))
-        assert torch.backends.cuda.flash_sdp_enabled()
-    assert gradients[0] == pytest.approx(gradients[1], rel=1e-5)
+    """Where oneDNN computes the products.  A rollout leaves it so."""
+    narrow = model_folder("llama", name="narrow", hidden_size=width)
+    scored = model_folder("llama", name="scored", hidden_size=width)
+    tokenizer = models.load_tokenizer(scored)
+    models.save_model(models.load_scalar(scored, tokenizer, new_head=True), tokenizer, scored)
+    flash, load = torch.backends.cuda.flash_sdp_enabled, train_ppo.load_models
+    before, seen = torch.get_float32_matmul_precision(), []
+    rollout = train_ppo.rollout
+    monkeypatch.setattr(train_ppo, "rollout", lambda *a: (rollout(*a), seen.append(flash()))[0])
+
+    def loaded(*arguments):
+        torch.set_float32_matmul_precision(found)  # as engine.prepare() would
+        torch.backends.cuda.enable_flash_sdp(True)  # no other test's run
+        return load(*arguments)
+
+    monkeypatch.setattr(train_ppo, "load_models", loaded)
+    flags = dict(actor_model_name_or_path=narrow, critic_model_name_or_path=scored, max_steps=2)
+    try:
+        code, error = call(train_ppo, **ppo("narrow", **flags))
+        assert code == 0, error
+        assert seen == [width == 256 or found == "highest"] * 2
+        assert torch.get_float32_matmul_precision() == found
+    finally:
+        torch.set_float32_matmul_precision(before), torch.backends.cuda.enable_flash_sdp(True)
 
 
 def test_the_rate_of_products_counts_a_multiplication_and_an_addition_each(monkeypatch):
@@ -371,9 +346,13 @@ def test_an_fp16_overflow_skips_the_step_and_counts_none(fp16, ppo, call, world)
 
 @pytest.mark.parametrize("stage,accumulation", [(0, 1), (2, 2), (3, 1)])
 def test_align_overflow_lets_both_models_skip_the_step_that_one_overflows(
-    fp16, ppo, call, world, stage, accumulation
+    fp16, ppo, call, world, monkeypatch, stage, accumulation
 ):
-    """At this scale the critic's gradients overflow at first, the actor's do not."""
+    """At this scale the critic's gradients overflow at first, the actor's do not: its stays."""
+    engines, load = [], train_ppo.load_models
+    monkeypatch.setattr(
+        train_ppo, "load_models", lambda *args: [engines.append(e) or e for e in load(*args)]
+    )
     flags = dict(fp16(16), actor_lr=1e-3, critic_lr=1e-3, actor_zero_stage=stage, max_steps=4)
     flags.update(critic_zero_stage=stage, gradient_accumulation_steps=accumulation)
     flags.update(per_device_training_batch_size=16 // accumulation, lr_scheduler_type="linear")
@@ -397,6 +376,17 @@ def test_align_overflow_lets_both_models_skip_the_step_that_one_overflows(
         steps += not skipped
         assert row["skipped_steps"] == row["step"] - steps
     assert 0 < steps < 4
+    actor, critic = (trained.optimizer for trained in engines[-4:-2])
+    assert actor.loss_scale == 2**16 and critic.loss_scale == 2 ** (16 - row["skipped_steps"])
+    assert not {"check_overflow", "_update_scale"} & {*vars(actor), *vars(critic)}
+
+
+def test_align_overflow_waits_for_the_actor_while_the_critic_trains_alone(fp16, ppo, call, world):
+    flags = dict(fp16(10), critic_warmup_steps=2, align_overflow=True, actor_lr=1e-3)
+    assert call(train_ppo, **ppo("warm", **flags))[0] == 0
+    rows = metrics(world["out"] / "warm")
+    assert [row["actor_grad_norm"] > 0 for row in rows] == [False, False, True]
+    assert all(row["critic_grad_norm"] > 0 for row in rows)
 
 
 def test_align_overflow_is_for_fp16(ppo, call):

@@ -305,7 +305,7 @@ def table():
 
 if __name__ == "__main__":
     engine.prepare("error")
-    torch.set_float32_matmul_precision("highest")  # attention as on GPUs (models.attend)
+    torch.set_float32_matmul_precision("highest")  # narrow models attend as on GPUs
     if sys.argv[1:] == ["--table"]:
         table()
     else:
