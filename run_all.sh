@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SFT -> reward model -> PPO; SFT -> DPO; evaluation.
-#   bash run_all.sh         the embedded world: some ten minutes on two CPU cores, no network
+#   bash run_all.sh         the embedded world: some six minutes on two CPU cores, no network
 #   ACTOR=facebook/opt-1.3b DATA=Dahoas/rm-static NUM_GPUS=8 bash run_all.sh      as DeepSpeed-Chat
 # Also: CRITIC, OUTPUT, SEED, SPLIT (--data_split), ZERO_STAGE (other models), DTYPE, MASTER_PORT
 # (one a run); SFT_FLAGS, RM_FLAGS, DPO_FLAGS, PPO_FLAGS, EVAL_FLAGS join the commands, and win.
