@@ -75,8 +75,6 @@ def train_engine(model, args, name, micro_batch, steps):
     schedule, as the flags say; name: what this model's begin with (step 3: actor_, critic_)."""
     transformers.set_seed(args.seed)                              # adapters are alike on all ranks
     of = lambda flag: getattr(args, name + flag)
-    if model.config.hidden_size < 256 and torch.get_float32_matmul_precision() == "medium":
-        torch.backends.cuda.enable_flash_sdp(False)      # it starts many small products of oneDNN's
     dtype, stage = models.pick_dtype(args.dtype), of("zero_stage")
     if args.offload and not stage:
         raise InputError(f"--offload moves shards to the CPU: give --{name}zero_stage 1, 2 or 3")
