@@ -176,7 +176,8 @@ def step_together(*pairs):
     found = [o.check_overflow() or o.overflow for o in optimizers] if due else []
     for o, own in zip(optimizers, found):           # what DeepSpeed would find itself in this step
         o.check_overflow = lambda o=o, **_: setattr(o, "overflow", any(found))
-        o._update_scale = lambda _, o=o, own=own: type(o)._update_scale(o, own)
+        o._update_scale = lambda bad, o=o, own=own: \
+            type(o)._update_scale(o, own if any(found) else bad)
     norms = [step(engine) for engine, _ in pairs]
     for o, _ in zip(optimizers, found): del o.check_overflow, o._update_scale
     return norms

@@ -103,7 +103,8 @@ def main():
     flags.check_writable(args.output_dir)
     engine.prepare(args.log_level)
     paths = dict(text.split("=", 1) if "=" in text else (text, text) for text in args.models)
-    if len(paths) < len(args.models): raise flags.InputError("--models: two have the same name")
+    if len(paths) < len(args.models):
+        raise flags.InputError("--models: two have the same name: give each its own, NAME=PATH")
     first, start = next(iter(paths.items()))                # the baseline
     tokenizer = models.load_tokenizer(start, args)
     for path in [*paths.values(), args.reward_model]:

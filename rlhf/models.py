@@ -200,7 +200,7 @@ def _load(kind, path, tokenizer, dtype, length, in_4bit=False, new_head=False):
     model.config.update(ids)
     if model.can_generate():          # a fresh one: step 3 samples plainly, whatever was there
         model.generation_config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, **ids)
-    narrow = getattr(model.config, "hidden_size", 256) < 256
-    if narrow and torch.get_float32_matmul_precision() == "medium":
+    small = getattr(model.config, "hidden_size", 256) < 256 and length <= 512
+    if small and torch.get_float32_matmul_precision() == "medium":
         torch.backends.cuda.enable_flash_sdp(False)      # it starts many small products of oneDNN's
     return model, fresh

@@ -228,13 +228,17 @@ def test_products_that_would_round_to_bf16_are_not_taken(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("width,found", [(128, "medium"), (128, "highest"), (256, "medium")])
+@pytest.mark.parametrize(
+    "width,tokens,found",
+    [(128, 512, "medium"), (128, 513, "medium"), (128, 512, "highest"), (256, 512, "medium")],
+)
 def test_narrow_models_attend_without_the_flash_kernel(
-    model_folder, ppo, call, world, monkeypatch, width, found
+    model_folder, ppo, call, world, monkeypatch, width, tokens, found
 ):
-    """Where oneDNN computes the products.  A rollout leaves it so."""
-    narrow = model_folder("llama", name="narrow", hidden_size=width)
-    scored = model_folder("llama", name="scored", hidden_size=width)
+    """Where oneDNN computes the products, of short rows.  A rollout leaves it so."""
+    shape = dict(hidden_size=width, max_position_embeddings=1024)
+    narrow = model_folder("llama", name="narrow", **shape)
+    scored = model_folder("llama", name="scored", **shape)
     tokenizer = models.load_tokenizer(scored)
     models.save_model(models.load_scalar(scored, tokenizer, new_head=True), tokenizer, scored)
     flash, load = torch.backends.cuda.flash_sdp_enabled, train_ppo.load_models
@@ -249,10 +253,11 @@ def test_narrow_models_attend_without_the_flash_kernel(
 
     monkeypatch.setattr(train_ppo, "load_models", loaded)
     flags = dict(actor_model_name_or_path=narrow, critic_model_name_or_path=scored, max_steps=2)
+    flags.update(max_prompt_seq_len=tokens - 8)
     try:
         code, error = call(train_ppo, **ppo("narrow", **flags))
         assert code == 0, error
-        assert seen == [width == 256 or found == "highest"] * 2
+        assert seen == [(width, tokens, found) != (128, 512, "medium")] * 2
         assert torch.get_float32_matmul_precision() == found
     finally:
         torch.set_float32_matmul_precision(before), torch.backends.cuda.enable_flash_sdp(True)
@@ -379,6 +384,27 @@ def test_align_overflow_lets_both_models_skip_the_step_that_one_overflows(
     actor, critic = (trained.optimizer for trained in engines[-4:-2])
     assert actor.loss_scale == 2**16 and critic.loss_scale == 2 ** (16 - row["skipped_steps"])
     assert not {"check_overflow", "_update_scale"} & {*vars(actor), *vars(critic)}
+
+
+def test_an_overflow_that_only_the_norm_shows_lowers_the_scale_too(
+    fp16, ppo, call, world, monkeypatch
+):
+    """DeepSpeed's second look, with --align_overflow as without."""
+    load = train_ppo.load_models
+
+    def late(*arguments):
+        actor, critic, *frozen = load(*arguments)
+        optimizer, norm = critic.optimizer, critic.optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda: (
+            torch.tensor(float("inf")) if optimizer.loss_scale > 256 else norm()
+        )
+        return actor, critic, *frozen
+
+    monkeypatch.setattr(train_ppo, "load_models", late)
+    flags = dict(fp16(10), align_overflow=True, critic_zero_stage=2, actor_lr=1e-3, max_steps=4)
+    assert call(train_ppo, **ppo("late", **flags))[0] == 0
+    norms = [row["critic_grad_norm"] for row in metrics(world["out"] / "late")]
+    assert [norm is None for norm in norms] == [True, True, False, False]
 
 
 def test_align_overflow_waits_for_the_actor_while_the_critic_trains_alone(fp16, ppo, call, world):

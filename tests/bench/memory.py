@@ -8,7 +8,8 @@ The first number is of ranks; the rest is the command as it would be run.  Weigh
 optimizer states are counted, by what DeepSpeed keeps at each stage.  Activations and logits are
 measured: the shipped forward and its backward run on fake tensors, which have shapes and lifetimes
 but no contents, so that 66 billion parameters take seconds.  tests/test_memory.py holds it against
-real runs.  Left out: the unsupervised text, and buckets that a --deepspeed_config sizes."""
+real runs.  Left out: the unsupervised text, buckets that a --deepspeed_config sizes, and with
+--align_overflow the critic's activations beside the actor's."""
 
 import importlib
 import os
@@ -186,7 +187,9 @@ def estimate(wanted, args, ranks):
         found["CPU"] += 8 * trained / shard
         found["CPU"] += found["weights"] * (stage == 3)
     if wanted.flags == "actor_" and args.enable_ema:  # an fp32 shadow of this rank's weights
-        found["optimizer"] += 4 * trained / (ranks if stage == 3 else 1)
+        average = 4 * trained / (ranks if stage == 3 else 1)
+        found["optimizer"] += average
+        found["CPU"] += average * (stage == 3 and offload)
     held = found["gradients"] * (stage == 3)
     resident = found["weights"] + found["optimizer"] + held - found["CPU"]
     gathered = found["weights"] * ranks * (stage == 3)
@@ -305,7 +308,6 @@ def table():
 
 if __name__ == "__main__":
     engine.prepare("error")
-    torch.set_float32_matmul_precision("highest")  # narrow models attend as on GPUs
     if sys.argv[1:] == ["--table"]:
         table()
     else:
