@@ -368,7 +368,7 @@ def test_align_overflow_lets_both_models_skip_the_step_that_one_overflows(
         assert code == 0, error
         rows[aligned] = metrics(world["out"] / out)
     overflows = [
-        [row[f"{name}_grad_norm"] is None for name in ("actor", "critic")] for row in rows[0]
+        [row[f"{name}_grad_norm"] is None for name in ("actor", "critic")] for row in rows[False]
     ]
     assert [False, True] in overflows
     steps = 0

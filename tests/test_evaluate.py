@@ -68,7 +68,8 @@ def test_long_prompts_are_left_out_and_not_cut(run, monkeypatch):
 
 
 def test_bad_input(run):
-    assert run("--models", "a=x", "a=y")[1].endswith("own, NAME=PATH\n")
+    same = "--models: two have the same name: give each its own, NAME=PATH\n"
+    assert run("--models", "a=x", "a=y")[1].endswith(same)
     assert "run train_rm.py first" in run("--reward_model", "output/rm")[1]
     assert "exceed the 64-token context" in run("--max_prompt_seq_len", "60")[1]
     assert run("--num_prompts", "1")[0] == 2

@@ -36,3 +36,18 @@ def test_foretold_memory_is_within_15_percent_of_real_steps(tmp_path):
 def test_every_model_of_a_run_and_both_rows_of_a_pair_are_foretold(script, flags, expected):
     args = memory.parsed(script, ["--per_device_train_batch_size=3", *flags])
     assert {model.name: model.rows for model in memory.plan(script, args)} == expected
+
+
+@pytest.mark.parametrize(
+    "flags,on_gpu,on_cpu",
+    [([], 4, 0), (["--actor_zero_stage=3"], 2, 0), (["--actor_zero_stage=3", "--offload"], 0, 2)],
+)
+def test_the_average_is_foretold_where_its_weights_lie(flags, on_gpu, on_cpu):
+    """Bytes a weight on each of two ranks."""
+    actor, found = memory.Model("actor", "toy", "actor_", 2, 4, 4), []
+    for more in ([], ["--enable_ema"]):
+        args = memory.parsed("train_ppo.py", ["--critic_zero_stage=1", *flags, *more])
+        found.append(memory.estimate(actor, args, 2))
+    less, more = found
+    assert more["resident"] - less["resident"] == on_gpu * less["parameters"]
+    assert more["CPU"] - less["CPU"] == on_cpu * less["parameters"]
