@@ -46,6 +46,8 @@ class Checkpoints:
             python, numpy, plain, cuda = state["random"]
             random.setstate(python), np.random.set_state(numpy), torch.set_rng_state(plain)
             torch.cuda.set_rng_state_all(cuda[:torch.cuda.device_count()])
+            if self.start.parent.resolve() == self.folder.resolve():   # logs are cut to there next
+                engine.on_rank_zero(lambda: write_text(self.folder / "latest", self.start.name))
         def stop(number, _):
             signal.signal(number, signal.SIG_IGN)       # a launcher that got it too passes it on
             time.sleep(1)

@@ -77,8 +77,7 @@ def layout_of(path, row, where):
     """The Layout of a data set, or of a row by its columns."""
     folder = os.path.isdir(path) and os.path.basename(os.path.normpath(path))          # of a copy
     for name, layout in DATASETS.items():
-        if path.partition(":")[0] == name or folder == name.rpartition("/")[2]:
-            return layout
+        if path.partition(":")[0] == name or folder == name.rpartition("/")[2]: return layout
     needs = lambda layout: {*re.findall(r"{(\w+)", "".join(filter(None, layout[:4])))}
     if known := [layout for layout in DATASETS.values() if needs(layout) <= row.keys()]:
         return max(known, key=lambda layout: len(needs(layout)))

@@ -67,8 +67,7 @@ def _chat(prompt, chosen, rejected, where, tokenizer):
     chat template, if it has one.  None for a pair whose prompts differ."""
     before, talks = prompt if isinstance(prompt, list) else [], []
     for answer in (chosen, rejected):
-        if isinstance(answer, str) and answer:
-            answer = [{"role": "assistant", "content": answer}]
+        if isinstance(answer, str) and answer: answer = [{"role": "assistant", "content": answer}]
         answer = answer or []
         talks.append(answer if answer[:len(before)] == before else before + answer)
     for message in sum(talks, before):

@@ -151,6 +151,28 @@ def test_a_kill_while_a_step_that_is_taken_again_is_published_leaves_one_to_resu
     assert code == 0 and (folder / "step3").exists(), error
 
 
+@pytest.mark.parametrize("named", ["step2", "../checkpoints/step2/"])
+def test_a_run_that_took_an_older_checkpoint_and_died_goes_on_from_that_one(
+    start, call, monkeypatch, world, named
+):
+    """Its metrics have been cut to there: from the newer one they would miss steps."""
+    settings = dict(start, output_dir=world["out"], save_interval=2, max_steps=5)
+    assert call(train_sft, **settings)[0] == 0
+    expected, folder = kept(world["out"]), world["out"] / "checkpoints"
+    assert (folder / "latest").read_text() == "step4"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_sft, "train_step", die)
+        assert call(train_sft, **settings, resume=f"{folder}/{named}")[0] == 1
+    assert [row["step"] for row in metrics(world["out"])][-1] == 2
+    code, error = call(train_sft, **settings, resume=True)
+    assert code == 0, error
+    assert kept(world["out"]) == expected
+
+
 def test_resume_names_what_differs_and_what_is_missing(world, start, fork):
     flags = dict(start, output_dir=world["out"] / "run", save_interval=1, max_steps=4)
     assert "--resume latest: there is no checkpoint in" in (
@@ -195,6 +217,7 @@ def test_resume_names_what_differs_and_what_is_missing(world, start, fork):
     shutil.rmtree(folder / "step3" / "policy")
     damaged = {**flags, "resume": folder / "step3"}
     assert "cannot load the checkpoint in" in fork("train_sft", damaged).error()
+    assert (folder / "latest").read_text() == "step4"  # not the one that could not be read
 
 
 # signals and the launcher
