@@ -7,7 +7,7 @@ The loss is step 2's, on the reward that the policy implies: beta * log(pi / wha
 from functools import partial
 import torch
 from datasets import Dataset, load_from_disk
-from rlhf import advice, args as flags, batches, cache, checkpoint, data, engine, models
+from rlhf import advice, args as flags, batches, checkpoint, data, engine, models
 from rlhf.evaluate import log_ratios, pair_statistics, preferences, score_pairs
 from rlhf.generate import sample
 from rlhf.log import Log, work
@@ -74,9 +74,9 @@ def precomputed(policy, rows, collate, tokenizer, args):
     compute = partial(score_pairs, partial(response_logprobs, policy, args=args), rows, collate,
                       args.per_device_eval_batch_size)
     identity = [rows["twin"][:], args.max_seq_len, args.max_prompt_seq_len, args.length_normalized,
-                cache.fingerprint(args.model_name_or_path), policy.module.config, args.seed]
+                data.fingerprint(args.model_name_or_path), policy.module.config, args.seed]
     keep = lambda to, pairs: Dataset.from_dict({"ref_logp": pairs.tolist()}).save_to_disk(to)
-    folder = cache.cached(args, tokenizer, identity, partial(keep), compute)   # it hashes its code
+    folder = data.cached(args, tokenizer, identity, partial(keep), compute)   # it hashes its code
     return rows.add_column("ref_logp", load_from_disk(folder)["ref_logp"][:])
 
 def main():

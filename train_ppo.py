@@ -89,8 +89,7 @@ def function_scores(batch, tokenizer, args):
                 raise ValueError(f"{scores.tolist()} for {len(given[0])} responses")
             return scores.to(batch["mask"].device)
         except (Exception, SystemExit) as error:             # the function's own: on which row?
-            for row in zip(*given) if len(given[0]) > 1 else ():
-                judged(*([part] for part in row))
+            for row in zip(*given) if len(given[0]) > 1 else (): judged(*([part] for part in row))
             raise flags.InputError(f"--reward_fn: {error!r} at {given[0]!r:.300}") from error
     return judged(models.texts(tokenizer, batch["prompt_ids"], batch["prompt_mask"]),
                   models.texts(tokenizer, batch["response_ids"], batch["mask"]),

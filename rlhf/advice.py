@@ -1,7 +1,6 @@
 """The field's rules of thumb as checks on the flags: what is unusual, and who says so."""
-from rlhf import engine
+from rlhf import engine, log
 from rlhf.args import InputError
-from rlhf.log import say
 
 WHOSE, DSC, FIELD = ("", "actor_", "critic_"), "DeepSpeed-Chat's recipe", "common practice"
 RULES = {                                                         # what, from, to, by whom
@@ -41,5 +40,5 @@ def check(args, step, total):
     found = [f"{name} is {values[name]:g}, usual: {low:g}{f' to {high:g}' * (low < high)} ({who})"
              for name, low, high, who in (RULES[step] + COMMON) * judged
              if name not in idle and not low <= values.get(name, low) <= high]
-    say("\nadvice: ".join([f"effective batch {batch}, {total} optimizer steps", *found]))
+    log.say("\nadvice: ".join([f"effective batch {batch}, {total} optimizer steps", *found]))
     if found and args.strict_advice: raise InputError(f"--strict_advice: {'; '.join(found)}")

@@ -4,7 +4,7 @@ from functools import partial
 import torch
 from datasets import load_from_disk
 from torch.nn.utils.rnn import pad_sequence
-from rlhf import cache, engine, files, render
+from rlhf import data, engine, render
 from rlhf.args import InputError
 
 def plan(args, units, kind="train", accumulation=None):
@@ -23,7 +23,7 @@ def steps(args, units, collate, cut, total, done=0):
     leaves out another tail.  --group_by_length: within 50 steps rows are sorted; steps shuffled."""
     world, by_length = engine.world_size(), getattr(args, "group_by_length", False)
     span, step = cut[0] * cut[1] * world, done
-    lengths = torch.as_tensor(cache.column(units, "length")) if by_length else None
+    lengths = torch.as_tensor(data.column(units, "length")) if by_length else None
     while step < total:
         epoch, begun = divmod(step, len(units) // span)
         shuffle = torch.Generator().manual_seed(args.seed + epoch)
@@ -51,8 +51,7 @@ def collate(tokenizer, rows, responses=("chosen",)):
     if responses:
         texts = [row[name] for name in responses for row in rows]
         batch.update(zip(("response_ids", "mask"), pad(texts, tokenizer.pad_token_id)))
-    if rows[0].get("row"):                                       # of step 3, for --reward_fn
-        batch["rows"] = [row["row"] for row in rows]
+    if rows[0].get("row"): batch["rows"] = [row["row"] for row in rows]     # for --reward_fn
     if "ref_logp" in rows[0]:                                  # train_dpo.py --precompute_ref_logp
         pairs = torch.tensor([row["ref_logp"] for row in rows], device=engine.device())
         batch["ref_logp"] = pairs.T.flatten()                                               # (2B,)
@@ -67,7 +66,7 @@ def pad(sequences, fill, side="right"):
 class Packs:
     """Rows -> lists of rows that fit into `room` tokens: longest first, where the least remains."""
     def __init__(self, rows, room):
-        lengths, self.rows, self.packs, free = cache.column(rows, "length"), rows, [], []
+        lengths, self.rows, self.packs, free = data.column(rows, "length"), rows, [], []
         for number in (-lengths).argsort(kind="stable").tolist():
             at = bisect.bisect_left(free, (lengths[number], -1))
             left, pack = free.pop(at) if at < len(free) else (room, len(self.packs))
@@ -99,8 +98,8 @@ def text_stream(args, tokenizer, done=0):
     if name is None: return None
     path = ":".join(filter(None, [name, args.unsupervised_dataset_config_name]))
     build = partial(_build_texts, path, length, args, tokenizer)
-    identity = [cache.fingerprint(path), length, args.seed]
-    packs = Packs(load_from_disk(cache.cached(args, tokenizer, identity, build)), length)
+    identity = [data.fingerprint(path), length, args.seed]
+    packs = Packs(load_from_disk(data.cached(args, tokenizer, identity, build)), length)
     cut, *_ = plan(args, packs, "training")
     collate, done = partial(collate_packs, tokenizer), done * args.updates
     return (micro_batches for _, micro_batches in steps(args, packs, collate, cut, 1 << 62, done))
@@ -111,7 +110,8 @@ def _build_texts(path, length, args, tokenizer, folder):
         cut = [text[i:i + length] for text in ids for i in range(0, len(text) - 1, length)]
         return {"prompt": [block[:1] for block in cut], "chosen": [block[1:] for block in cut],
                 "length": [len(block) for block in cut]}
-    texts = cache.collect(files.texts(path, args.seed), os.path.dirname(folder), text="string")
+    texts = render.plain_texts(path, args.seed)
+    texts = data.collect(texts, os.path.dirname(folder), text="string")
     if not texts: raise InputError(f"{path}: there is no text in it")
     kinds = dict(prompt="ids", chosen="ids", length="int32")
-    cache.tokenised(texts, blocks, args, **kinds).save_to_disk(folder)
+    data.tokenised(texts, blocks, args, **kinds).save_to_disk(folder)

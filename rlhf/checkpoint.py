@@ -5,9 +5,8 @@ import os, random, shutil, signal, time
 from pathlib import Path
 import numpy as np
 import torch
-from rlhf import engine
+from rlhf import engine, log
 from rlhf.args import InputError, opened, writing
-from rlhf.log import say, write_text
 
 # Flags that may differ from those that a checkpoint was made with: they do not change a number.
 FREE = """output_dir resume save_interval save_total_limit log_interval log_level local_rank kl_stop
@@ -47,7 +46,7 @@ class Checkpoints:
             random.setstate(python), np.random.set_state(numpy), torch.set_rng_state(plain)
             torch.cuda.set_rng_state_all(cuda[:torch.cuda.device_count()])
             if self.start.parent.resolve() == self.folder.resolve():   # logs are cut to there next
-                engine.on_rank_zero(lambda: write_text(self.folder / "latest", self.start.name))
+                engine.on_rank_zero(lambda: log.write_text(self.folder / "latest", self.start.name))
         def stop(number, _):
             signal.signal(number, signal.SIG_IGN)       # a launcher that got it too passes it on
             time.sleep(1)
@@ -60,7 +59,7 @@ class Checkpoints:
         if stop or self.args.save_interval and step % self.args.save_interval == 0:
             with writing(f"the checkpoint of step {step} to {self.folder}"): self._save(step)
         if stop:
-            say(f"stopped after step {step}; to go on, start as before, with --resume")
+            log.say(f"stopped after step {step}; to go on, start as before, with --resume")
             raise SystemExit(0)
     _load = lambda self, rank: opened(torch.load, str(self.start / f"rank{rank}.pt"),
                                       "the checkpoint in", "cpu", weights_only=False)
@@ -81,7 +80,7 @@ class Checkpoints:
         if final.exists():                          # of a step that a resumed run takes again
             (self.folder / "latest").unlink(True), final.rename(new / "replaced")
         new.rename(final)
-        write_text(self.folder / "latest", final.name), shutil.rmtree(final / "replaced", True)
+        log.write_text(self.folder / "latest", final.name), shutil.rmtree(final / "replaced", True)
         old = sorted(self.folder.glob("step*"), key=os.path.getmtime)[:-self.args.save_total_limit]
         for path in {*old} - {final}: shutil.rmtree(path.rename(new))      # a kill leaves no half
     _flags = lambda self: {"ranks": engine.world_size(), **{

@@ -3,16 +3,17 @@
     python -m rlhf.data --data_path Dahoas/rm-static --phase 2 --tokenizer facebook/opt-350m
 
 prints what training would see.  To add a data set, add a row to DATASETS."""
-import hashlib, json, os, re
+import hashlib, inspect, json, os, re, tempfile
 from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
+import datasets
 import numpy as np
-from datasets import DatasetDict, concatenate_datasets, load_from_disk
-from rlhf import args as flags, cache, engine, files, models, render
-from rlhf.args import InputError, split_shares
-from rlhf.log import say
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
+from rlhf import args as flags, engine, log, models, render, toy
+from rlhf.args import InputError, check_writable, split_shares
 
 class Layout(NamedTuple):
     """How a row's columns, each a text or a list of messages, become text; "{a[b][0]}" goes into
@@ -57,8 +58,7 @@ DATASETS = {
     "stanfordnlp/SHP": Layout(ask("history"), " {human_ref_A}", " {human_ref_B}", fix=_shp),
     "pvduy/sharegpt_alpaca_oa_vicuna_format": Layout("{prompt}", " {label}", fix=_speakers),
     "wangrui6/Zhihu-KOL": Layout(ask("INSTRUCTION"), " {RESPONSE}"),
-    "Cohere/miracl-zh-queries-22-12": MIRACL,
-    "Cohere/miracl-ja-queries-22-12": MIRACL,
+    "Cohere/miracl-zh-queries-22-12": MIRACL, "Cohere/miracl-ja-queries-22-12": MIRACL,
     "Hello-SimpleAI/HC3-Chinese": Layout(ask("question"), " {human_answers[0]}"),
     "mkqa-Chinese": Layout(ask("queries[zh_cn]"), " {answers[zh_cn][0][text]}"),
     "mkqa-Japanese": Layout(ask("queries[ja]"), " {answers[ja][0][text]}"),
@@ -72,6 +72,10 @@ DATASETS = {
 COLUMNS = {"prompt": "ids", "chosen": "ids", "rejected": "ids", "length": "int32", "cut": "bool",
            "key": "int64", "twin": "int64", "bayes": "float64", "row": "string"}
 ALIASES = {"mkqa-Chinese": "mkqa", "mkqa-Japanese": "mkqa", "local/jsonfile": "data"}    # DSC's
+
+_features = lambda kinds: Features({name: List(Value("int32")) if kind == "ids" else Value(kind)
+                                    for name, kind in kinds.items()})
+column = lambda rows, name: rows.with_format("numpy")[name][:]     # numbers, as an array
 
 def layout_of(path, row, where):
     """The Layout of a data set, or of a row by its columns."""
@@ -96,20 +100,20 @@ def load(args, tokenizer, phase, max_prompt=None):
     parts = []
     for name, share in sources:
         path = name if os.path.exists(name) else ALIASES.get(name, name)
-        identity = [name, cache.fingerprint(path), share, phase, args.seed, args.eval_fraction,
+        identity = [name, fingerprint(path), share, phase, args.seed, args.eval_fraction,
                     args.dedup_prompts, settings]
-        folder = cache.cached(args, tokenizer, identity, partial(
+        folder = cached(args, tokenizer, identity, partial(
             _build, name, path, share, phase, args, tokenizer, settings))
-        say(Path(folder, "report.txt").read_text())
+        log.say(Path(folder, "report.txt").read_text())
         parts.append(load_from_disk(folder))
     train, held_out = (concatenate_datasets([p[s] for p in parts]) for s in ("train", "held_out"))
     if args.dedup_prompts:
-        firsts = lambda rows: np.sort(np.unique(cache.column(rows, "twin"), return_index=True)[1])
+        firsts = lambda rows: np.sort(np.unique(column(rows, "twin"), return_index=True)[1])
         before = len(train) + len(held_out)
         train, held_out = train.select(firsts(train)), held_out.select(firsts(held_out))
-        own = np.flatnonzero(~np.isin(cache.column(train, "key"), cache.column(held_out, "key")))
+        own = np.flatnonzero(~np.isin(column(train, "key"), column(held_out, "key")))
         if (kept := len(own) + len(held_out)) < before:
-            say(f"{before - kept} rows left out: repeated, or to train on a held-out prompt")
+            log.say(f"{before - kept} rows left out: repeated, or to train on a held-out prompt")
             train = train.select(own)
     if not train: raise InputError("no training row is left: hold out others or --no-dedup_prompts")
     order = np.random.default_rng(args.seed).permutation(len(held_out))
@@ -118,11 +122,11 @@ def load(args, tokenizer, phase, max_prompt=None):
 def _build(name, path, share, phase, args, tokenizer, settings, folder):
     """Render and tokenise one phase of a data set into `folder`, row by row from a stream."""
     report, saved = [], {}
-    streams, work = files.read(path, args.seed), os.path.dirname(folder)
+    streams, work = render.read(path, args.seed), os.path.dirname(folder)
     train, held_out = (_texts(rows, name, phase, args, tokenizer, os.path.join(work, str(part)))
                        for part, rows in enumerate(streams))
     if not train: raise InputError(f"{path}: it has no rows")
-    keys = cache.column(train, "key")
+    keys = column(train, "key")
     prompts = np.unique(keys[keys != 0])      # in the order of their hashes: a seeded permutation
     place, cut = np.searchsorted(prompts, keys), len(prompts)
     if not held_out: cut -= max(1, round(args.eval_fraction * cut))
@@ -131,12 +135,12 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
               "held_out": (held_out, np.full(len(held_out), True)) if held_out
               else (train, (cut <= place) & (keys != 0))}
     for split, (texts, mine) in chosen.items():
-        reasons = cache.column(texts, "reason")
+        reasons = column(texts, "reason")
         counts = Counter(render.REASONS[reason] for reason in reasons[mine])
         rows = np.flatnonzero(mine & (reasons == 0))
         texts = texts.select(rows).remove_columns("reason")
         function = partial(render.tokenise, tokenizer, **settings)
-        saved[split] = cache.tokenised(texts, function, args, **COLUMNS)
+        saved[split] = tokenised(texts, function, args, **COLUMNS)
         counts["too long, of no tokens, or alike once cut"] = len(rows) - len(saved[split])
         del counts["used"]
         lost = ", ".join(f"{n} {reason}" for reason, n in (+counts).items())
@@ -144,7 +148,7 @@ def _build(name, path, share, phase, args, tokenizer, settings, folder):
                       f"used{f' ({lost})' if lost else ''}")
         if not saved[split]:
             raise InputError(f"{report[-1]}: choose other data, --data_split or lengths")
-    DatasetDict(saved).save_to_disk(folder)
+    datasets.DatasetDict(saved).save_to_disk(folder)
     Path(folder, "report.txt").write_text("\n".join(report))
 
 def _texts(stream, name, phase, args, tokenizer, cache_dir):
@@ -157,20 +161,63 @@ def _texts(stream, name, phase, args, tokenizer, cache_dir):
             if (columns := tuple(row)) not in layouts:
                 layouts[columns] = layout_of(name, row, where)
             reason, asked, *texts = render.render(row, where, layouts[columns], phase, tokenizer)
-            if files.half_surrogate("".join((asked, *texts))):
+            if render.half_surrogate("".join((asked, *texts))):
                 raise InputError(f"{where}: a text holds half a surrogate pair: repair it")
             key = number(str(args.seed), asked if args.dedup_prompts else os.path.basename(where))
             yield {**dict(zip(("prompt", "chosen", "rejected"), texts)),
                    "reason": render.REASONS.index(reason), "key": key if asked else 0,
                    "twin": number(*texts), "bayes": row["bayes"] if name == "toy" else None,
                    "row": json.dumps(row, default=str) if phase == 3 else ""}
-    return cache.collect(rows(), cache_dir, prompt="string", chosen="string", rejected="string",
-                         reason="int8", key="int64", twin="int64", bayes="float64", row="string")
+    return collect(rows(), cache_dir, prompt="string", chosen="string", rejected="string",
+                   reason="int8", key="int64", twin="int64", bayes="float64", row="string")
+
+def cached(args, tokenizer, identity, build, compute=None):
+    """The folder that build(folder), a partial, makes inside a work folder, named by the SHA-256 of
+    all that determines it.  Where it is missing, each node's first rank builds it, whole or not at
+    all, from what compute(), if any, returned on all ranks together."""
+    fast = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    code = [inspect.getsource(m) for m in (render, toy, inspect.getmodule(build.func))]
+    everything = [identity, fast, tokenizer.special_tokens_map, tokenizer.chat_template, code]
+    name = hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()
+    folder = os.path.join(args.data_output_path, name)
+    def build_whole():
+        check_writable(args.data_output_path, "--data_output_path")
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=args.data_output_path) as work:
+            try:
+                build(os.path.join(work, "new"), *made)
+                os.rename(os.path.join(work, "new"), folder)
+            except OSError as error:
+                if not os.path.isdir(folder):    # if it is, another run was faster, and is as good
+                    raise InputError(f"{folder} cannot be built: {error}") from error
+    if engine.anywhere(not os.path.isdir(folder)):
+        made = [compute()] if compute else []
+        engine.on_rank_zero(build_whole, every_node=True)
+    return folder
+
+def fingerprint(path):
+    """A data set's name, and the name, size and time of each of its files here."""
+    found = [file for file in (Path(path), *sorted(Path(path).rglob("*"))) if file.is_file()]
+    return path, [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in found]
+
+def collect(rows, cache_dir, **kinds):
+    """An iterator of dicts -> a Dataset on disk with columns of these kinds."""
+    features, first = _features(kinds), next(rows, None)
+    if first is None: return Dataset.from_dict({name: [] for name in kinds}, features)
+    try:
+        return Dataset.from_generator(lambda: chain([first], rows), features, cache_dir,
+                                      fingerprint="rows")    # it could not hash an open file
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error
+
+def tokenised(texts, function, args, **kinds):
+    """The Dataset that the function makes of batches of texts, on several processes."""
+    workers = min(args.preprocessing_num_workers, 1 + len(texts) // 5000)
+    return texts.map(function, batched=True, load_from_cache_file=False, features=_features(kinds),
+                     num_proc=workers if workers > 1 else None, remove_columns=texts.column_names)
 
 def inspect_data():
     """What training would see: rows kept and dropped, lengths, three examples."""
-    parser = flags.Parser(__doc__, None)
-    add = parser.add_argument
+    add = (parser := flags.Parser(__doc__, None)).add_argument
     add("--phase", type=int, choices=(1, 2, 3), default=1, help="step [ours]")
     add("--tokenizer", default="toy", help="toy, a model folder or a hub id [ours]")
     add("--max_seq_len", type=flags.at_least_2, default=512, help="of steps 1 and 2 [DSC]")

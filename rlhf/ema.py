@@ -13,5 +13,4 @@ class EMA:
             shadow.lerp_(local(parameter).float(), 1 - self.decay)
     def load(self):
         """Overwrite the module's weights with the average, once the trained ones are saved."""
-        for shadow, parameter in zip(self.shadow, self.parameters):
-            local(parameter).copy_(shadow)
+        for shadow, parameter in zip(self.shadow, self.parameters): local(parameter).copy_(shadow)

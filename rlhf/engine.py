@@ -5,8 +5,7 @@ from collections import defaultdict
 from functools import partial
 # Large tensors on huge pages: the system hands over, and clears, 512 times fewer of them.
 os.environ.update({"TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1", **os.environ})
-with contextlib.redirect_stdout(io.StringIO()):
-    import deepspeed
+with contextlib.redirect_stdout(io.StringIO()): import deepspeed
 import datasets, torch, transformers
 from torch import distributed as dist, nn, optim
 from torch.utils import benchmark, checkpoint

@@ -34,8 +34,7 @@ def mean_ci(name, values):
 def respond(policy, baseline, reward_model, tokenizer, prompts, args):
     """One response to each prompt -> score, kl, response_length, eos_rate: (N,); text: a list."""
     torch.manual_seed(args.seed)
-    parts, texts = [], []
-    collate = partial(batches.collate, tokenizer, responses=())
+    parts, texts, collate = [], [], partial(batches.collate, tokenizer, responses=())
     for batch in batches.eval_batches(prompts, collate, args.batch_size):
         batch = sample(policy, batch, args.max_answer_seq_len, args.temperature)
         parts.append({"score": models.sequence_scores(reward_model, batch),
@@ -100,8 +99,7 @@ def table(rows):
 
 def main():
     args = parse()
-    flags.check_writable(args.output_dir)
-    engine.prepare(args.log_level)
+    flags.check_writable(args.output_dir), engine.prepare(args.log_level)
     paths = dict(text.split("=", 1) if "=" in text else (text, text) for text in args.models)
     if len(paths) < len(args.models):
         raise flags.InputError("--models: two have the same name: give each its own, NAME=PATH")

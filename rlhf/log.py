@@ -93,8 +93,7 @@ def _reopened(path, done):
 def write_text(path, text):
     """Write a file whole or not at all."""
     with writing(path), open(f"{path}.tmp", "w") as file:
-        file.write(text)
-        file.flush(), os.fsync(file.fileno())
+        file.write(text), file.flush(), os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 write_json = lambda path, value: write_text(path, json.dumps(value, indent=2))
 

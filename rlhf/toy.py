@@ -44,8 +44,7 @@ def _questions():
         right = {task: f"you can {task} a {thing} with {tool} ." for task, tool in TASKS.items()}
         for task, answer in right.items():
             others = [a for t, a in right.items() if t not in (task, *HARMFUL)]
-            for form in REQUESTS:
-                yield form.format(task, thing), answer, task in HARMFUL, others
+            for form in REQUESTS: yield form.format(task, thing), answer, task in HARMFUL, others
 
 CORES = {core: (answer, harmful, others) for core, answer, harmful, others in _questions()}
 ASKED = {" ".join(part for part in ("Human:", greeting, core, closing, "Assistant:") if part): asked

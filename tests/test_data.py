@@ -20,7 +20,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from rlhf import data, evaluate, files, models, render
+from rlhf import data, evaluate, models, render
 from rlhf.args import InputError
 from tests.conftest import ROOT, SHARED, arguments, make_tokenizer, rows_of, write_jsonl
 
@@ -450,10 +450,10 @@ def test_every_form_of_a_data_set_gives_the_same_rows(tmp_path):
     forms = save_everywhere(tmp_path, train, test)
     assert len(forms) == 10
     for form in forms:
-        read = [[row for row, _ in stream] for stream in files.read(str(form), 1234)]
+        read = [[row for row, _ in stream] for stream in render.read(str(form), 1234)]
         assert read == [train, test], form
     Dataset.from_list(train).save_to_disk(tmp_path / "plain")
-    read = [[row for row, _ in stream] for stream in files.read(str(tmp_path / "plain"), 1234)]
+    read = [[row for row, _ in stream] for stream in render.read(str(tmp_path / "plain"), 1234)]
     assert read == [train, []]
 
 
@@ -462,7 +462,7 @@ def test_shards_a_byte_order_mark_and_a_broken_link(tmp_path):
     (tmp_path / "train2.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(pairs(5)[3:]).encode())
     (tmp_path / "notes").symlink_to(tmp_path / "nowhere")
     (tmp_path / "training_notes.txt").write_text("no row")
-    assert [row for row, _ in files.read(str(tmp_path), 1)[0]] == pairs(5)
+    assert [row for row, _ in render.read(str(tmp_path), 1)[0]] == pairs(5)
     args = arguments(tmp_path, tmp_path, data_split="0,1,0", data_output_path=str(tmp_path / "c"))
     assert len(data.load(args, make_tokenizer(), 2)[0]) == 4
 
@@ -561,7 +561,7 @@ def test_a_hub_id_that_needs_a_script_says_how_to_convert_it(tmp_path, monkeypat
         assert (path, configuration) in [("mkqa", ()), ("some/set", ("main",))]
         raise RuntimeError(f"Dataset scripts are no longer supported, but found {path}.py")
 
-    monkeypatch.setattr(files, "load_dataset", load_dataset)
+    monkeypatch.setattr(render, "load_dataset", load_dataset)
     for name in ("mkqa-Chinese", "some/set:main"):
         with pytest.raises(InputError, match="load it with datasets<4, save_to_disk"):
             data.load(arguments(tmp_path, name), make_tokenizer(), 1)
@@ -779,7 +779,7 @@ def test_the_real_pairs_are_the_same_in_both_layouts(tmp_path):
         pytest.skip("the real data is not here")
     both = []
     for folder in folders:
-        streams = files.read(str(folder), 1234)
+        streams = render.read(str(folder), 1234)
         both.append(
             [rendered("", row, phase) for rows in streams for row, _ in rows for phase in (2,)]
         )
@@ -795,7 +795,7 @@ def test_the_other_real_rows(name, rows):
     if not (SHARED / name).exists():
         pytest.skip("the real data is not here")
     phase = 3 if name.startswith("prompts") else 1
-    made = [rendered("", row, phase) for row, _ in files.read(str(SHARED / name), 1234)[0]]
+    made = [rendered("", row, phase) for row, _ in render.read(str(SHARED / name), 1234)[0]]
     assert len(made) == rows and sum(reason == "used" for reason, *_ in made) > 0.99 * rows
     assert name != "sharegpt_vicuna" or all("USER:" not in prompt for _, prompt, *_ in made)
 

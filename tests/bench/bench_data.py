@@ -64,7 +64,7 @@ def tokenising(path):
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
-    from rlhf import cache, data, render
+    from rlhf import data, render
 
     n = 60_000
     rows = load_dataset("json", data_files=path, split="train").select(range(n))
@@ -76,7 +76,7 @@ def tokenising(path):
         for name, workers in (("batched, 2 processes", 2), ("batched, 1 process", 1)):
             clock = time.perf_counter()
             function = lambda texts: render.tokenise(tokenizer, texts, 512)
-            cache.tokenised(rows, function, settings(path, "", workers), **data.COLUMNS)
+            data.tokenised(rows, function, settings(path, "", workers), **data.COLUMNS)
             speeds[name].append(n / (time.perf_counter() - clock))
         clock = time.perf_counter()
         for row in rows.select(range(10_000)):
