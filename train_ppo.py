@@ -29,6 +29,7 @@ def parse():
     add = parser.add_argument_group("rollout and reward").add_argument
     add("--per_device_generation_batch_size", type=positive_int, default=16, help="rows [DSC]")
     add("--generation_batches", type=positive_int, default=1, help="of them a rollout [DSC]")
+    add("--generation_micro_batch_size", type=positive_int, default=64, help="read at once [ours]")
     add("--max_prompt_seq_len", type=positive_int, default=256, help="or it is dropped [DSC]")
     add("--max_answer_seq_len", type=positive_int, default=256, help="tokens at most [DSC]")
     add("--temperature", type=positive, default=1.0, help="also of all log-probs [IGPT]")
@@ -100,11 +101,13 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     """Sample a response to every prompt, score it, estimate advantages -> experience, metrics.
     prompts: a list of batches.  The experience is one batch (see models.py) with old_logp,
     ref_logp, old_values, advantages, returns (B, R) fp32 and score, kl (B,)."""
-    start = time.perf_counter()
-    settings = (args.max_answer_seq_len, args.temperature, args.top_p, args.top_k)
+    start, rows = time.perf_counter(), args.generation_micro_batch_size
+    settings = (args.max_answer_seq_len, args.temperature, args.top_p, args.top_k, rows)
     with engine.whole(actor) as policy:
         parts = [sample(policy, batch, *settings) for batch in prompts]
     sampled = time.perf_counter()
+    parts = [{name: x[i:i + rows] for name, x in batch.items()} for batch in parts
+             for i in range(0, len(batch["mask"]), rows)]
     for batch in parts:
         batch["old_logp"] = models.policy_logprobs(actor, batch, args.temperature)          # (B, R)
         batch["ref_logp"] = models.policy_logprobs(reference, batch, args.temperature)      # (B, R)

@@ -6,11 +6,13 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from rlhf.args import InputError
 from rlhf.models import places, takes
 
-def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
+def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, rows=0):
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
     Returns them with `response_ids`, `mask` (B, R), R the longest response drawn, and `ended` (B,):
-    did it end by itself?  The mask covers its end.  Of an argmax the ratio would mean nothing."""
+    did it end by itself?  The mask covers its end.  Of an argmax the ratio would mean nothing.
+    rows: prompts are read in pieces of as many tokens as so many rows have; 0: whole."""
     config, ids, seen = model.eval().config, prompts["prompt_ids"], prompts["prompt_mask"].long()
+    width = -(-ids.shape[1] * (rows or len(ids)) // len(ids))                     # of such a piece
     response = ids.new_full((len(ids), max_new_tokens), config.pad_token_id)
     mask, going = torch.zeros_like(response, dtype=torch.bool), torch.arange(len(ids)).to(ids)
     uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
@@ -21,8 +23,10 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
     with torch.inference_mode(), reordered(model) if ids.is_cpu else contextlib.nullcontext():
         for t in range(max_new_tokens):
             if not len(going): break
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1,
-                           **places(model, seen, ids.shape[1])).logits[:, -1]               # (b, V)
+            for part in ids.split(width, 1):
+                end = cache.get_seq_length() + part.shape[1]
+                logits = model(input_ids=part, past_key_values=cache, use_cache=True, **places(
+                    model, seen[:, :end], part.shape[1]), logits_to_keep=1).logits[:, -1]   # (b, V)
             token = draw(logits, uniform[going, t], temperature, top_p, top_k)
             response[going, t], mask[going, t] = token, True
             stay = (token != config.eos_token_id).nonzero()[:, 0]

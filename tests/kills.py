@@ -71,9 +71,9 @@ def same_prompts(number):
     """All prompts are alike, and responses are printed."""
     sample = train_ppo.sample
 
-    def shown(policy, batch, *arguments):
+    def shown(policy, batch, *arguments, **more):
         batch["prompt_ids"].fill_(5), batch["prompt_mask"].fill_(True)
-        drawn = sample(policy, batch, *arguments)
+        drawn = sample(policy, batch, *arguments, **more)
         print("drawn", drawn["response_ids"].tolist())
         return drawn
 

@@ -3,7 +3,8 @@ the training forward agrees on."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
+from transformers import GenerationConfig
 from transformers import GPTNeoConfig, MambaConfig, MiniMaxConfig, MistralConfig, Qwen3NextConfig
 
 from rlhf import batches, generate, models
@@ -11,6 +12,24 @@ from rlhf.args import InputError
 from rlhf.generate import sample
 from rlhf.losses import token_logprobs
 from tests.conftest import FAMILIES, SHAPE
+
+
+# families that reckon with the length of the keys
+RECKONERS = {
+    "GPT-Neo's window": GPTNeoConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        num_heads=4,
+        window_size=4,
+        max_position_embeddings=64,
+    ),
+    "Bloom's ALiBi": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+    "Falcon's ALiBi": FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+}
 
 
 @pytest.fixture
@@ -107,9 +126,8 @@ def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top
     expected = torch.zeros_like(probs).index_copy(0, keep, probs[keep])
     expected = draws * expected / expected.sum()
     torch.manual_seed(0)
-    got = sample(model, prompts(tokenizer, *[prompt] * draws), 1, temperature, top_p, top_k)[
-        "response_ids"
-    ][:, 0]
+    batch = sample(model, prompts(tokenizer, *[prompt] * draws), 1, temperature, top_p, top_k)
+    got = batch["response_ids"][:, 0]
     counts = torch.bincount(got, minlength=len(probs)).double()
     assert counts[expected == 0].sum() == 0
     cells = expected > 5
@@ -118,7 +136,7 @@ def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5 + 1
 
 
-def check_agreement(model, eos, batch, tokens, monkeypatch):
+def check_agreement(model, eos, batch, tokens, monkeypatch, rows=0):
     """Every log-prob of what the decoder drew is the training forward's."""
     seen, draw = [], generate.draw
 
@@ -130,7 +148,7 @@ def check_agreement(model, eos, batch, tokens, monkeypatch):
 
     monkeypatch.setattr(generate, "draw", recorded)
     torch.manual_seed(0)
-    batch = sample(model, batch, tokens)
+    batch = sample(model, batch, tokens, rows=rows)
     lengths = batch["mask"].sum(1)
     more = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor(eos), 2)
     monkeypatch.setattr(
@@ -148,13 +166,18 @@ def check_agreement(model, eos, batch, tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_and_training_agree_on_the_log_probs(policy, family, monkeypatch):
+@pytest.mark.parametrize("rows", [0, 7])
+def test_sampling_and_training_agree_on_the_log_probs(policy, family, rows, monkeypatch):
     """Left-padded, and while rows leave the batch: a masked bos, shifted positions or another row's
-    cache would show here."""
+    cache would show here.  Also with prompts read in pieces, the first of them all padding."""
     model, tokenizer = policy(family, "bos is eos")
-    rows = [[2, 3, 4, 5, 6], [2, 7], [8, 9, 10]] * 8
-    batch = prompts(tokenizer, *rows)
-    lengths, ended = check_agreement(model, tokenizer.eos_token_id, batch, 12, monkeypatch)
+    batch = prompts(tokenizer, *[[2, 3, 4, 5, 6], [2, 7], [8, 9, 10]] * 8)
+    forward, read = model.forward, []
+    model.forward = lambda **given: read.append(given["input_ids"]) or forward(**given)
+    eos = tokenizer.eos_token_id
+    lengths, ended = check_agreement(model, eos, batch, 12, monkeypatch, rows)
+    pieces = [2, 2, 1] if rows else [5]
+    assert [ids.shape[1] for ids in read[:-1]] == pieces + [1] * (lengths.max() - 1)
     assert len({*lengths.tolist()}) > 2 and ended.any()
 
 
@@ -239,25 +262,7 @@ def test_keys_and_values_are_given_their_room_once(policy, monkeypatch):
     assert len(places) > layers and all(len(found) == 1 for found in places.values())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPTNeoConfig(
-            vocab_size=64,
-            hidden_size=32,
-            num_layers=2,
-            attention_types=[[["global", "local"], 1]],
-            num_heads=4,
-            window_size=4,
-            max_position_embeddings=64,
-        ),
-        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
-        FalconConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
-        ),
-    ],
-    ids=["GPT-Neo's window", "Bloom's ALiBi", "Falcon's ALiBi"],
-)
+@pytest.mark.parametrize("config", RECKONERS.values(), ids=RECKONERS)
 def test_families_that_reckon_with_the_length_of_the_keys_sample_too(config, monkeypatch):
     """Room that is not written yet must not look like keys."""
     config.update(dict(pad_token_id=0, bos_token_id=1, eos_token_id=1, use_cache=True))

@@ -521,12 +521,14 @@ def test_two_ranks_with_half_the_batch_take_the_same_step(
 
 
 def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, fork, tmp_path):
-    """--top_k 1 makes the rollouts alike.  Actor under ZeRO-3, critic under ZeRO-2, with EMA."""
+    """--top_k 1 makes the rollouts alike, also in pieces.  Actor under ZeRO-3, critic under ZeRO-2,
+    with EMA."""
     common = dict(top_k=1, max_steps=1, data_output_path=tmp_path / "cache", log_interval=1)
     rates = dict(enable_ema=True, ema_decay=0.5, actor_lr=1e-3, critic_lr=1e-3)
     assert call(train_ppo, **ppo("one", **common, **rates))[0] == 0
     cut = dict(
         per_device_generation_batch_size=8,
+        generation_micro_batch_size=3,
         per_device_training_batch_size=4,
         gradient_accumulation_steps=2,
     )
@@ -703,6 +705,27 @@ def test_the_real_language_model_and_real_pairs_go_through_all_three_steps(call,
     code, error = call(train_ppo, **common, **paths, **lengths, **rows)
     assert code == 0, error
     assert metrics(out)[0]["first_ratio_error_max"] < 1e-5
+
+
+def test_a_rollout_is_scored_as_many_rows_at_a_time_as_asked(world, ppo, call, monkeypatch):
+    """Two batches of 16: the metrics are the same, and no forward before the update has more."""
+    flush_right, update, scored, found = models._flush_right, train_ppo.ppo_update, [], {}
+
+    def updated(*given, **more):
+        found[rows] = scored[:]
+        return update(*given, **more)
+
+    monkeypatch.setattr(train_ppo, "ppo_update", updated)
+    monkeypatch.setattr(
+        models, "_flush_right", lambda b: scored.append(len(b["mask"])) or flush_right(b)
+    )
+    for rows in (64, 3):
+        scored.clear()
+        changes = dict(generation_micro_batch_size=rows, generation_batches=2, max_steps=1)
+        assert call(train_ppo, **ppo(f"rows{rows}", **changes))[0] == 0
+    assert found == {64: [16] * 8, 3: 2 * ([3] * 20 + [1] * 4)}  # actor, reference, critic, reward
+    whole, cut = (metrics(world["out"] / f"rows{rows}")[0] for rows in (64, 3))
+    same(whole, cut, [name for name in cut if "second" not in name and name != "tflops"])
 
 
 def test_the_micro_batches_of_a_ppo_step_are_alike_in_length(ppo, call, monkeypatch):

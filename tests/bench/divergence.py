@@ -38,9 +38,9 @@ def pads_attended(patch, modules, **_):
     """Rollouts see the padding on the left as text (its tokens, shifted positions); training does not."""
     plain = modules["train_ppo"].sample
 
-    def sample(model, prompts, *rest):
+    def sample(model, prompts, *rest, **more):
         seen = prompts["prompt_mask"] | True
-        return {**plain(model, {**prompts, "prompt_mask": seen}, *rest), **prompts}
+        return {**plain(model, {**prompts, "prompt_mask": seen}, *rest, **more), **prompts}
 
     patch("train_ppo.sample", sample)
 

@@ -224,14 +224,15 @@ def plan(script, args):
     start, scores = args.actor_model_name_or_path, args.critic_model_name_or_path
     cut = (args.max_prompt_seq_len, args.max_answer_seq_len)
     train, sample = args.per_device_training_batch_size, args.per_device_generation_batch_size
+    scored = min(sample, args.generation_micro_batch_size)
     found = [
         Model("actor", start, "actor_", train, *cut, sampled=sample),
         Model("critic", scores or start, "critic_", train, *cut, scalar=True),
     ]
     if scores:  # else --reward_fn is the reward
-        found.append(read_only("reward", scores, sample, cut, True, args.critic_zero_stage))
+        found.append(read_only("reward", scores, scored, cut, True, args.critic_zero_stage))
     if not (args.actor_lora_dim and args.only_optimize_lora):
-        found.append(read_only("reference", start, sample, cut, False, args.actor_zero_stage))
+        found.append(read_only("reference", start, scored, cut, False, args.actor_zero_stage))
     return found
 
 
