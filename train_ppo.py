@@ -12,7 +12,7 @@ import torch
 from rlhf import advice, args as flags, batches, checkpoint, data, engine, models
 from rlhf.args import count, fraction, non_negative, open_fraction, positive, positive_int, share
 from rlhf.ema import EMA
-from rlhf.generate import sample
+from rlhf.generate import sample, sample_compiled
 from rlhf.log import Log, say, work
 from rlhf.losses import (gae, kl_estimate, masked_mean, masked_moments, policy_loss,
                          shaped_rewards, value_loss, whiten)
@@ -30,6 +30,7 @@ def parse():
     add("--per_device_generation_batch_size", type=positive_int, default=16, help="rows [DSC]")
     add("--generation_batches", type=positive_int, default=1, help="of them a rollout [DSC]")
     add("--generation_micro_batch_size", type=positive_int, default=64, help="read at once [ours]")
+    add("--compiled_generation", action="store_true", help="static cache, CUDA graph [ours: off]")
     add("--max_prompt_seq_len", type=positive_int, default=256, help="or it is dropped [DSC]")
     add("--max_answer_seq_len", type=positive_int, default=256, help="tokens at most [DSC]")
     add("--temperature", type=positive, default=1.0, help="also of all log-probs [IGPT]")
@@ -102,9 +103,11 @@ def rollout(actor, reference, critic, reward_model, prompts, tokenizer, args):
     prompts: a list of batches.  The experience is one batch (see models.py) with old_logp,
     ref_logp, old_values, advantages, returns (B, R) fp32 and score, kl (B,)."""
     start, rows = time.perf_counter(), args.generation_micro_batch_size
-    settings = (args.max_answer_seq_len, args.temperature, args.top_p, args.top_k, rows)
+    settings = (args.max_answer_seq_len, args.temperature, args.top_p, args.top_k)
+    draw = partial(sample_compiled, room=args.max_prompt_seq_len + args.max_answer_seq_len) \
+        if args.compiled_generation else partial(sample, rows=rows)
     with engine.whole(actor) as policy:
-        parts = [sample(policy, batch, *settings) for batch in prompts]
+        parts = [draw(policy, batch, *settings) for batch in prompts]
     sampled = time.perf_counter()
     parts = [{name: x[i:i + rows] for name, x in batch.items()} for batch in parts
              for i in range(0, len(batch["mask"]), rows)]

@@ -38,6 +38,19 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, 
     return {**prompts, "response_ids": response[:, :longest], "mask": mask[:, :longest],
             "ended": mask.any(1).index_fill(0, going, False)}
 
+def sample_compiled(model, prompts, max_new_tokens, temperature, top_p, top_k, room):
+    """sample() by Transformers' generate with a static cache for `room` tokens, which on a GPU makes
+    a token's forward one CUDA graph.  InputError for a model of which that would be wrong."""
+    ids, config = prompts["prompt_ids"], model.eval().config
+    if not model._can_compile_fullgraph or getattr(config, "alibi", False):
+        raise InputError(f"a {type(model).__name__} cannot do --compiled_generation: leave it out")
+    response = model.generate(ids, attention_mask=prompts["prompt_mask"].long(), top_k=top_k,
+                              max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                              cache_implementation="static", max_cache_len=room)[:, ids.shape[1]:]
+    ends = response == config.eos_token_id
+    return {**prompts, "response_ids": response, "mask": ends.cumsum(1) - ends.long() == 0,
+            "ended": ends.any(1)}
+
 def draw(logits, uniform, temperature, top_p, top_k):
     """A token a row of logits (B, V): where its distribution function passes `uniform` (B,), one
     random number from [0, 1) a row; torch.multinomial takes V of them."""

@@ -1,18 +1,19 @@
 """Samples come from the policy: from its distribution, masked to their first end, with log-probs
 the training forward agrees on."""
 
+from functools import partial
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
-from transformers import GenerationConfig
-from transformers import GPTNeoConfig, MambaConfig, MiniMaxConfig, MistralConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, BloomConfig, CompileConfig, FalconConfig
+from transformers import GenerationConfig, GPTNeoConfig, MambaConfig, MiniMaxConfig, MistralConfig
+from transformers import Qwen3NextConfig
 
 from rlhf import batches, generate, models
 from rlhf.args import InputError
-from rlhf.generate import sample
+from rlhf.generate import sample, sample_compiled
 from rlhf.losses import token_logprobs
 from tests.conftest import FAMILIES, SHAPE
-
 
 # families that reckon with the length of the keys
 RECKONERS = {
@@ -110,7 +111,8 @@ def test_the_mask_ends_with_the_first_end_of_sequence_token(policy, family, spec
 @pytest.mark.parametrize(
     "temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.6)]
 )
-def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top_p):
+@pytest.mark.parametrize("draw", [sample, partial(sample_compiled, room=8)])
+def test_samples_follow_the_policys_distribution(policy, draw, temperature, top_k, top_p):
     """Chi-square of first tokens against the exact, truncated and renormalised softmax; the
     folder's own generation settings (a model that penalises repetition and samples from its top 3)
     must have no say."""
@@ -126,7 +128,7 @@ def test_samples_follow_the_policys_distribution(policy, temperature, top_k, top
     expected = torch.zeros_like(probs).index_copy(0, keep, probs[keep])
     expected = draws * expected / expected.sum()
     torch.manual_seed(0)
-    batch = sample(model, prompts(tokenizer, *[prompt] * draws), 1, temperature, top_p, top_k)
+    batch = draw(model, prompts(tokenizer, *[prompt] * draws), 1, temperature, top_p, top_k)
     got = batch["response_ids"][:, 0]
     counts = torch.bincount(got, minlength=len(probs)).double()
     assert counts[expected == 0].sum() == 0
@@ -179,6 +181,60 @@ def test_sampling_and_training_agree_on_the_log_probs(policy, family, rows, monk
     pieces = [2, 2, 1] if rows else [5]
     assert [ids.shape[1] for ids in read[:-1]] == pieces + [1] * (lengths.max() - 1)
     assert len({*lengths.tolist()}) > 2 and ended.any()
+
+
+@pytest.fixture
+def multinomial(monkeypatch):
+    """What torch.multinomial, which Transformers' generate draws with, gave: log-probs, tokens."""
+    drawn, plain = [], torch.multinomial
+
+    def recorded(probs, num_samples):
+        tokens = plain(probs, num_samples)
+        drawn.append((probs.log().gather(1, tokens)[:, 0], tokens[:, 0]))
+        return tokens
+
+    monkeypatch.setattr(torch, "multinomial", recorded)
+    return drawn
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_and_training_agree_on_the_log_probs(policy, family, multinomial):
+    """Under a mask that ends with the first end, though rows stay in the batch."""
+    model, tokenizer = policy(family, "pad is eos")
+    batch = prompts(tokenizer, *[[2, 3, 4, 5, 6], [2, 7], [8, 9, 10]] * 60)
+    torch.manual_seed(0)
+    batch = sample_compiled(model, batch, 12, 0.7, 1.0, 0, room=32)
+    with torch.no_grad():
+        expected = models.policy_logprobs(model, batch, 0.7)
+    lengths, ended = batch["mask"].sum(1), batch["ended"]
+    assert torch.equal(batch["mask"], torch.arange(lengths.max()) < lengths[:, None])
+    assert len({*lengths.tolist()}) > 2 and ended.any() and (ended | (lengths == 12)).all()
+    ends = batch["mask"] & (batch["response_ids"] == tokenizer.eos_token_id)
+    assert torch.equal(ends.sum(1), ended.long())
+    for t, (logp, token) in enumerate(multinomial):
+        alive = lengths > t
+        assert torch.equal(token[alive], batch["response_ids"][alive, t])
+        assert torch.allclose(logp[alive], expected[alive, t], atol=1e-5)
+
+
+def test_the_static_caches_forward_is_compiled_once_and_draws_the_same(policy, monkeypatch):
+    """PyTorch traces one graph for prompts of two lengths (here on the CPU, its code not generated:
+    12 seconds)."""
+    monkeypatch.setattr(CompileConfig, "_compile_all_devices", None)
+    model, tokenizer = policy()
+    found, graphs = [], torch._dynamo.utils.counters["stats"]
+    for compiled in (False, True):
+        monkeypatch.setattr(CompileConfig, "_compile_all_devices", compiled)
+        model.generation_config.compile_config = (
+            CompileConfig(backend="eager", mode=None) if compiled else None
+        )
+        torch.manual_seed(0)
+        before = graphs["unique_graphs"]
+        for rows in ([[2, 3, 4], [5]], [[2, 3, 4, 5, 6], [7]]):
+            batch = sample_compiled(model, prompts(tokenizer, *rows), 8, 1.0, 1.0, 0, room=16)
+            found.append(batch["response_ids"])
+        assert graphs["unique_graphs"] - before == compiled
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
 def test_a_sliding_window_shorter_than_the_sequence_is_kept(monkeypatch):
@@ -238,6 +294,17 @@ def test_a_model_without_keys_and_values_is_one_sentence(config):
     ids = torch.tensor([[3, 4]])
     with pytest.raises(InputError, match="ForCausalLM keeps no keys and values: choose another"):
         sample(model, {"prompt_ids": ids, "prompt_mask": ids > 0}, 2)
+
+
+def test_models_that_a_static_cache_would_be_wrong_for_are_one_sentence(policy):
+    """GPT-Neo's windows would be elsewhere; Falcon's ALiBi cannot read the mask."""
+    for family in ("GPT-Neo's window", "Falcon's ALiBi"):
+        config = RECKONERS[family]
+        config.update(dict(pad_token_id=0, eos_token_id=1))
+        model = AutoModelForCausalLM.from_config(config)
+        ids = torch.tensor([[3, 4]])
+        with pytest.raises(InputError, match="cannot do --compiled_generation: leave it out"):
+            sample_compiled(model, {"prompt_ids": ids, "prompt_mask": ids > 0}, 2, 1.0, 1.0, 0, 8)
 
 
 def test_keys_and_values_are_given_their_room_once(policy, monkeypatch):

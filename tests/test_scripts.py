@@ -521,11 +521,11 @@ def test_two_ranks_with_half_the_batch_take_the_same_step(
 
 
 def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, fork, tmp_path):
-    """--top_k 1 makes the rollouts alike, also in pieces.  Actor under ZeRO-3, critic under ZeRO-2,
-    with EMA."""
+    """--top_k 1 makes the rollouts alike: Transformers' with a static cache, and ours in pieces.
+    Actor under ZeRO-3, critic under ZeRO-2, with EMA."""
     common = dict(top_k=1, max_steps=1, data_output_path=tmp_path / "cache", log_interval=1)
     rates = dict(enable_ema=True, ema_decay=0.5, actor_lr=1e-3, critic_lr=1e-3)
-    assert call(train_ppo, **ppo("one", **common, **rates))[0] == 0
+    assert call(train_ppo, **ppo("one", **common, **rates, compiled_generation=True))[0] == 0
     cut = dict(
         per_device_generation_batch_size=8,
         generation_micro_batch_size=3,

@@ -22,18 +22,22 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-SHAPES = {"tiny": (8192, 256, 4, 4, 2), "opt125": (50272, 768, 12, 12, 4)}
+SHAPES = {  # vocabulary; width, layers, heads of the actor, and of critic and reward model
+    "tiny": (8192, (256, 4, 4), (256, 2, 4)),
+    "opt125": (50272, (768, 12, 12), (768, 4, 12)),
+    "opt1.3b": (50272, (2048, 24, 32), (1024, 24, 16)),
+}
 PHASES = {"gen": "generation", "exp": "scoring", "train": "update", "total": "iteration"}
 
 
 def shape(name):
-    """tiny, opt125 or v<N>w<N>l<N> -> vocabulary, width, layers, heads, layers of the critic."""
+    """tiny, opt125, opt1.3b or v<N>w<N>l<N> -> as in SHAPES."""
     if name in SHAPES:
         return SHAPES[name]
     if not (found := re.fullmatch(r"v(\d+)w(\d+)l(\d+)", name)):
         raise ValueError(name)
     vocabulary, width, layers = map(int, found.groups())
-    return vocabulary, width, layers, width // 64, layers // 2
+    return vocabulary, (width, layers, width // 64), (width, layers // 2, width // 64)
 
 
 def model(name):
@@ -46,7 +50,7 @@ def common(doc):
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     add = parser.add_argument
     add("--fixture", required=True)
-    add("--model", type=model, default="tiny", help="tiny, opt125 or, say, v8192w256l4")
+    add("--model", type=model, default="tiny", help="tiny, opt125, opt1.3b or, say, v8192w256l4")
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--batch", type=int, default=4)
     add("--turns", type=int, default=3)
@@ -89,7 +93,7 @@ def make(fixture, name):
     folder = f"{fixture}/{name}"
     if os.path.exists(folder):
         return
-    vocabulary, width, layers, heads, critic_layers = shape(name)
+    vocabulary, *shapes = shape(name)
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
@@ -102,14 +106,13 @@ def make(fixture, name):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
     )
-    config = dict(vocab_size=vocabulary, hidden_size=width, word_embed_proj_dim=width, dropout=0.0)
-    config.update(ffn_dim=4 * width, num_attention_heads=heads, max_position_embeddings=2048)
-    config.update(pad_token_id=0, bos_token_id=1, eos_token_id=1, num_labels=1)
-    for name, kind, depth in (
-        ("actor", OPTForCausalLM, layers),
-        ("critic_seqcls", OPTForSequenceClassification, critic_layers),
-    ):
-        kind(OPTConfig(num_hidden_layers=depth, **config)).save_pretrained(f"{folder}/{name}")
+    kinds = {"actor": OPTForCausalLM, "critic_seqcls": OPTForSequenceClassification}
+    config = dict(vocab_size=vocabulary, max_position_embeddings=2048, dropout=0.0, num_labels=1)
+    config.update(pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    for (name, kind), (width, layers, heads) in zip(kinds.items(), shapes):
+        config.update(hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width)
+        config.update(num_hidden_layers=layers, num_attention_heads=heads)
+        kind(OPTConfig(**config)).save_pretrained(f"{folder}/{name}")
         tokenizer.save_pretrained(f"{folder}/{name}")
     rng = random.Random(0)
     draw = lambda: [rng.randrange(2, vocabulary) for _ in range(rng.randint(8, 128))]

@@ -1,0 +1,188 @@
+"""PPO on a GPU at DeepSpeed-Chat's published setting: an actor of OPT-1.3B's shape, critic and reward
+model of OPT-350M's, random weights, 256 + 256 tokens, bf16.
+
+    python tests/bench/bench_gpu.py --fixture DIR --batch 16
+    python tests/bench/bench_gpu.py --fixture DIR --batch 16 --largest         # doubles it until it fails
+
+DIR/MODEL is made where it is missing (see bench_ppo.py).  Prints Markdown rows, one a way to decode, each
+from a process of its own: the shipped sample(), the shipped sample_compiled() (--compiled_generation),
+and Transformers' plain generate; medians over the iterations.  Tokens a second are new ones in
+generation, all in scoring and update.  The update's FLOP/s are Megatron's count over the rate of a
+product of large matrices; a decoding step's bytes are those of the weights and of half of the keys and
+values, over the rate of reading a gigabyte.  Run nothing else meanwhile."""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from tests.bench.bench_ppo import make, model  # noqa: E402
+
+DECODERS = ("ours", "compiled", "plain")
+TITLES = {
+    "generation": "generation, tokens/s",
+    "bandwidth": "of the memory's speed",
+    "scoring": "scoring, tokens/s",
+    "update": "update, tokens/s",
+    "flops": "of the products' rate",
+    "iteration": "iteration, s",
+    "peak": "peak, GiB",
+}
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--fixture", required=True)
+    add("--model", type=model, default="opt1.3b")
+    add("--dtype", default="bf16", choices=("fp32", "bf16", "fp16"))
+    add("--batch", type=int, default=16)
+    add("--prompt", type=int, default=256)
+    add("--response", type=int, default=256)
+    add("--iters", type=int, default=3)
+    add("--warm", type=int, default=2)
+    add("--decoder", nargs="+", choices=DECODERS, default=DECODERS)
+    add("--largest", action="store_true", help="also with twice the batch, and so on")
+    add("--extra", default="--actor_gradient_checkpointing", help="more flags of train_ppo.py")
+    add("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def plain(policy, batch, tokens, temperature, top_p, top_k, **_):
+    """sample() by Transformers' generate as it is called most."""
+    ids = batch["prompt_ids"]
+    drawn = policy.eval().generate(
+        ids,
+        attention_mask=batch["prompt_mask"].long(),
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+    )[:, ids.shape[1] :]
+    ends = drawn == policy.config.eos_token_id
+    mask = ends.cumsum(1) - ends.long() == 0
+    return {**batch, "response_ids": drawn, "mask": mask, "ended": ends.any(1)}
+
+
+def bytes_a_second(device):
+    """Of reading a gigabyte, the best of five."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    x, best = torch.ones(1 << 28, device=device), float("inf")
+    for _ in range(6):
+        wait()
+        start = time.perf_counter()
+        x.sum()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best
+
+
+def measured(args):
+    """{column: value} of one decoder, in this process."""
+    import torch
+
+    import train_ppo
+    from rlhf import batches, engine, models
+
+    folder, [decoder] = f"{args.fixture}/{args.model}", args.decoder
+    rows, longest = str(args.batch), (str(args.prompt), str(args.response))
+    command = [
+        "train_ppo.py",
+        "--actor_model_name_or_path",
+        f"{folder}/actor",
+        "--dtype",
+        args.dtype,
+    ]
+    command += ["--critic_model_name_or_path", f"{folder}/critic_seqcls", "--actor_lr", "1e-6"]
+    command += ["--per_device_generation_batch_size", rows, "--output_dir", tempfile.mkdtemp()]
+    command += ["--per_device_training_batch_size", rows, "--max_prompt_seq_len", longest[0]]
+    command += ["--max_answer_seq_len", longest[1], *args.extra.split()]
+    sys.argv = command + ["--compiled_generation"] * (decoder == "compiled")
+    flags = train_ppo.parse()
+    engine.init(flags)
+    if decoder == "plain":
+        train_ppo.sample = plain
+    tokenizer = models.load_tokenizer(f"{folder}/actor", flags)
+    actor, critic, reference, reward = train_ppo.load_models(flags, tokenizer, 1000)
+    engines = actor, reference, critic, reward
+    rng, words, found = random.Random(0), len(tokenizer), []
+    read = bytes_a_second(engine.device())
+    products = engine.products_rate(args.dtype)
+    config = actor.module.config
+    held = sum(weight.nbytes for weight in actor.module.parameters())
+    size = next(actor.module.parameters()).itemsize
+    held += (
+        args.batch
+        * (args.prompt + args.response / 2)
+        * config.num_hidden_layers
+        * (2 * config.hidden_size * size)
+    )
+    for _ in range(args.warm + args.iters):
+        asked = [rng.randrange(2, words) for _ in range(args.batch * args.prompt)]
+        given = [{"prompt": asked[i : i + args.prompt]} for i in range(0, len(asked), args.prompt)]
+        batch = batches.collate(tokenizer, given, responses=())
+        start = time.perf_counter()
+        experience, made = train_ppo.rollout(*engines, [batch], tokenizer, flags)
+        updated = train_ppo.ppo_update(actor, critic, experience, flags)
+        seconds = time.perf_counter() - start
+        new, steps = int(experience["mask"].sum()), experience["mask"].shape[1]
+        whole = new + args.batch * args.prompt
+        found.append(
+            {
+                "generation": new / made["seconds_generate"],
+                "bandwidth": held * steps / made["seconds_generate"] / read,
+                "scoring": whole / made["seconds_score"],
+                "update": whole / updated["seconds_train"],
+                "flops": float(updated["flops_total"]) / updated["seconds_train"] / products / 1e12,
+                "iteration": seconds,
+            }
+        )
+    gpu = torch.cuda.is_available()
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    )
+    middle = {name: median(row[name] for row in found[args.warm :]) for name in found[0]}
+    return {**middle, "peak": peak / 2**30}
+
+
+def main():
+    args = parse()
+    make(args.fixture, args.model)
+    if args.child:
+        print("RESULT", json.dumps(measured(args)))
+        return
+    print("| decoding, batch | " + " | ".join(TITLES.values()) + " |\n" + "|---" * 8 + "|")
+    for decoder in args.decoder:
+        batch = args.batch
+        while True:
+            command = [sys.executable, __file__, *sys.argv[1:], "--child"]
+            command += ["--decoder", decoder, "--batch", str(batch)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            rows = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+            if not rows:
+                reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+                print(f"{decoder}, batch {batch}: {reason}", file=sys.stderr)
+                break
+            row = json.loads(rows[0].removeprefix("RESULT"))
+            cells = [
+                f"{row[name]:,.0f}" if row[name] > 100 else f"{row[name]:.2f}" for name in TITLES
+            ]
+            print(f"| {decoder}, {batch} | {' | '.join(cells)} |", flush=True)
+            if not args.largest:
+                break
+            batch *= 2
+
+
+if __name__ == "__main__":
+    main()
