@@ -40,8 +40,7 @@ class Checkpoints:
             for name, trained in engines.items():
                 opened(trained.load_checkpoint, self.start, "the checkpoint in", name, not self.nf4)
             state = self._load(engine.rank())
-            for shadow, average in zip(ema.shadow if ema else (), state["ema"]):
-                shadow.copy_(average)
+            for shadow, mean in zip(ema.shadow if ema else (), state["ema"]): shadow.copy_(mean)
             python, numpy, plain, cuda = state["random"]
             random.setstate(python), np.random.set_state(numpy), torch.set_rng_state(plain)
             torch.cuda.set_rng_state_all(cuda[:torch.cuda.device_count()])

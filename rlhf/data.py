@@ -121,10 +121,9 @@ def load(args, tokenizer, phase, max_prompt=None):
 
 def _build(name, path, share, phase, args, tokenizer, settings, folder):
     """Render and tokenise one phase of a data set into `folder`, row by row from a stream."""
-    report, saved = [], {}
-    streams, work = render.read(path, args.seed), os.path.dirname(folder)
+    report, saved, work = [], {}, os.path.dirname(folder)
     train, held_out = (_texts(rows, name, phase, args, tokenizer, os.path.join(work, str(part)))
-                       for part, rows in enumerate(streams))
+                       for part, rows in enumerate(render.read(path, args.seed)))
     if not train: raise InputError(f"{path}: it has no rows")
     keys = column(train, "key")
     prompts = np.unique(keys[keys != 0])      # in the order of their hashes: a seeded permutation

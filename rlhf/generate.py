@@ -2,7 +2,7 @@
 import contextlib
 import torch
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from rlhf.args import InputError
 from rlhf.models import places, takes
 
@@ -10,14 +10,16 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, 
     """Draw a response to every row of `prompts`: prompt_ids, prompt_mask (B, P), left-padded.
     Returns them with `response_ids`, `mask` (B, R), R the longest response drawn, and `ended` (B,):
     did it end by itself?  The mask covers its end.  Of an argmax the ratio would mean nothing.
-    rows: prompts are read in pieces of as many tokens as so many rows have; 0: whole."""
+    rows: prompts are read in pieces of so many rows' tokens, but whole (as with 0) where layers
+    keep more than keys and values, since some families lose a state between pieces."""
     config, ids, seen = model.eval().config, prompts["prompt_ids"], prompts["prompt_mask"].long()
-    width = -(-ids.shape[1] * (rows or len(ids)) // len(ids))                     # of such a piece
     response = ids.new_full((len(ids), max_new_tokens), config.pad_token_id)
     mask, going = torch.zeros_like(response, dtype=torch.bool), torch.arange(len(ids)).to(ids)
     uniform = torch.rand(response.shape, dtype=torch.double, device=ids.device)
     cache, room = DynamicCache(config=config), seen.shape[1] + max_new_tokens
     cache.layers = [Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    plain = all(type(layer) in (Room, DynamicSlidingWindowLayer) for layer in cache.layers)
+    width = -(-ids.shape[1] * rows // len(ids)) if rows and plain else ids.shape[1]   # of a piece
     if not (takes(type(model), "past_key_values") and model._supports_default_dynamic_cache()):
         raise InputError(f"a {type(model).__name__} keeps no keys and values: choose another model")
     with torch.inference_mode(), reordered(model) if ids.is_cpu else contextlib.nullcontext():
@@ -39,14 +41,15 @@ def sample(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, 
             "ended": mask.any(1).index_fill(0, going, False)}
 
 def sample_compiled(model, prompts, max_new_tokens, temperature, top_p, top_k, room):
-    """sample() by Transformers' generate with a static cache for `room` tokens, which on a GPU makes
-    a token's forward one CUDA graph.  InputError for a model of which that would be wrong."""
+    """sample() by Transformers' generate with a static cache for `room` tokens, which on a GPU
+    makes a token's forward one CUDA graph.  InputError for a model where that would go wrong."""
     ids, config = prompts["prompt_ids"], model.eval().config
     if not model._can_compile_fullgraph or getattr(config, "alibi", False):
         raise InputError(f"a {type(model).__name__} cannot do --compiled_generation: leave it out")
     response = model.generate(ids, attention_mask=prompts["prompt_mask"].long(), top_k=top_k,
                               max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                              cache_implementation="static", max_cache_len=room)[:, ids.shape[1]:]
+                              cache_implementation="static", max_cache_len=room,
+                              remove_invalid_values=True)[:, ids.shape[1]:]   # for scoring to find
     ends = response == config.eos_token_id
     return {**prompts, "response_ids": response, "mask": ends.cumsum(1) - ends.long() == 0,
             "ended": ends.any(1)}

@@ -6,7 +6,14 @@ from functools import partial
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, CompileConfig, FalconConfig
-from transformers import GenerationConfig, GPTNeoConfig, MambaConfig, MiniMaxConfig, MistralConfig
+from transformers import (
+    GenerationConfig,
+    GPTNeoConfig,
+    JambaConfig,
+    MambaConfig,
+    MiniMaxConfig,
+    MistralConfig,
+)
 from transformers import Qwen3NextConfig
 
 from rlhf import batches, generate, models
@@ -220,21 +227,27 @@ def test_a_static_cache_and_training_agree_on_the_log_probs(policy, family, mult
 def test_the_static_caches_forward_is_compiled_once_and_draws_the_same(policy, monkeypatch):
     """PyTorch traces one graph for prompts of two lengths (here on the CPU, its code not generated:
     12 seconds)."""
-    monkeypatch.setattr(CompileConfig, "_compile_all_devices", None)
-    model, tokenizer = policy()
     found, graphs = [], torch._dynamo.utils.counters["stats"]
     for compiled in (False, True):
+        model, tokenizer = policy()
+        model.train()
         monkeypatch.setattr(CompileConfig, "_compile_all_devices", compiled)
-        model.generation_config.compile_config = (
-            CompileConfig(backend="eager", mode=None) if compiled else None
-        )
+        how = CompileConfig(backend="eager", mode=None) if compiled else None
+        model.generation_config.compile_config = how
         torch.manual_seed(0)
         before = graphs["unique_graphs"]
         for rows in ([[2, 3, 4], [5]], [[2, 3, 4, 5, 6], [7]]):
             batch = sample_compiled(model, prompts(tokenizer, *rows), 8, 1.0, 1.0, 0, room=16)
             found.append(batch["response_ids"])
-        assert graphs["unique_graphs"] - before == compiled
+        assert graphs["unique_graphs"] - before == compiled and not model.training
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+def test_a_static_cache_leaves_what_is_not_finite_to_the_scoring(policy):
+    model, tokenizer = policy()
+    model.get_output_embeddings().weight.data[7] = float("nan")
+    batch = sample_compiled(model, prompts(tokenizer, [3, 4]), 4, 0.5, 0.9, 0, room=8)
+    assert not models.policy_logprobs(model, batch).isfinite().any()
 
 
 def test_a_sliding_window_shorter_than_the_sequence_is_kept(monkeypatch):
@@ -263,21 +276,50 @@ def test_a_response_does_not_depend_on_the_batch_its_prompt_sits_in(policy, fami
         assert together["mask"][i].sum() == length and together["ended"][i] == alone["ended"][0]
 
 
-def test_layers_that_keep_a_state_instead_of_keys_sample_too(monkeypatch):
-    """A hybrid: its linear-attention layers have a cache of their own kind."""
-    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4)
-    shape.update(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=2)
-    shape.update(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8)
-    shape.update(linear_value_head_dim=8, moe_intermediate_size=16, num_experts_per_tok=1)
-    shape.update(shared_expert_intermediate_size=16, pad_token_id=0, eos_token_id=1)
+HYBRID = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=2,
+    num_experts_per_tok=1,
+    pad_token_id=0,
+    eos_token_id=1,
+    initializer_range=0.3,
+)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3NextConfig(
+            layer_types=["linear_attention", "full_attention"] * 2,
+            head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            **HYBRID,
+        ),
+        JambaConfig(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, **HYBRID),
+    ],
+    ids=["Qwen3-Next", "Jamba"],
+)
+def test_layers_that_keep_a_state_instead_of_keys_sample_too(config, rows, monkeypatch):
+    """Their layers have a cache of another kind, which loses its state between pieces of a prompt
+    (Jamba's), or lets padding into it where a piece is one token."""
     torch.manual_seed(0)
-    config = Qwen3NextConfig(layer_types=["linear_attention", "full_attention"] * 2, **shape)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 5, 6, 7, 8]] * 4)
     batch, model = (
-        {"prompt_ids": ids, "prompt_mask": ids > 0},
+        {"prompt_ids": ids.masked_fill(ids == 0, 9), "prompt_mask": ids > 0},
         AutoModelForCausalLM.from_config(config),
     )
-    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch)
+    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch, rows)
     assert len({*lengths.tolist()}) > 2
 
 
@@ -329,15 +371,16 @@ def test_keys_and_values_are_given_their_room_once(policy, monkeypatch):
     assert len(places) > layers and all(len(found) == 1 for found in places.values())
 
 
+@pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("config", RECKONERS.values(), ids=RECKONERS)
-def test_families_that_reckon_with_the_length_of_the_keys_sample_too(config, monkeypatch):
+def test_families_that_reckon_with_the_length_of_the_keys_sample_too(config, rows, monkeypatch):
     """Room that is not written yet must not look like keys."""
     config.update(dict(pad_token_id=0, bos_token_id=1, eos_token_id=1, use_cache=True))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 5, 6, 7, 8]] * 4)
     batch = {"prompt_ids": ids, "prompt_mask": ids > 0}
-    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch)
+    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch, rows)
     assert len({*lengths.tolist()}) > 2
 
 

@@ -520,12 +520,16 @@ def test_two_ranks_with_half_the_batch_take_the_same_step(
     assert all(any(line.startswith(start) for line in lines) for start in ours)
 
 
-def test_ppo_on_two_ranks_under_zero_takes_the_same_step(world, ppo, call, fork, tmp_path):
+def test_ppo_on_two_ranks_under_zero_takes_the_same_step(
+    world, ppo, call, fork, tmp_path, monkeypatch
+):
     """--top_k 1 makes the rollouts alike: Transformers' with a static cache, and ours in pieces.
     Actor under ZeRO-3, critic under ZeRO-2, with EMA."""
     common = dict(top_k=1, max_steps=1, data_output_path=tmp_path / "cache", log_interval=1)
     rates = dict(enable_ema=True, ema_decay=0.5, actor_lr=1e-3, critic_lr=1e-3)
-    assert call(train_ppo, **ppo("one", **common, **rates, compiled_generation=True))[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "sample", None)  # it must not be called
+        assert call(train_ppo, **ppo("one", **common, **rates, compiled_generation=True))[0] == 0
     cut = dict(
         per_device_generation_batch_size=8,
         generation_micro_batch_size=3,
@@ -710,6 +714,9 @@ def test_the_real_language_model_and_real_pairs_go_through_all_three_steps(call,
 def test_a_rollout_is_scored_as_many_rows_at_a_time_as_asked(world, ppo, call, monkeypatch):
     """Two batches of 16: the metrics are the same, and no forward before the update has more."""
     flush_right, update, scored, found = models._flush_right, train_ppo.ppo_update, [], {}
+    asked, sample = [], train_ppo.sample
+    noted = lambda *given, **more: asked.append(more) or sample(*given, **more)
+    monkeypatch.setattr(train_ppo, "sample", noted)
 
     def updated(*given, **more):
         found[rows] = scored[:]
@@ -723,6 +730,7 @@ def test_a_rollout_is_scored_as_many_rows_at_a_time_as_asked(world, ppo, call, m
         scored.clear()
         changes = dict(generation_micro_batch_size=rows, generation_batches=2, max_steps=1)
         assert call(train_ppo, **ppo(f"rows{rows}", **changes))[0] == 0
+    assert asked == [{"rows": 64}] * 2 + [{"rows": 3}] * 2
     assert found == {64: [16] * 8, 3: 2 * ([3] * 20 + [1] * 4)}  # actor, reference, critic, reward
     whole, cut = (metrics(world["out"] / f"rows{rows}")[0] for rows in (64, 3))
     same(whole, cut, [name for name in cut if "second" not in name and name != "tflops"])
