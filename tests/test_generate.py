@@ -250,14 +250,15 @@ def test_a_static_cache_leaves_what_is_not_finite_to_the_scoring(policy):
     assert not models.policy_logprobs(model, batch).isfinite().any()
 
 
-def test_a_sliding_window_shorter_than_the_sequence_is_kept(monkeypatch):
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_sliding_window_shorter_than_the_sequence_is_kept(rows, monkeypatch):
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     shape.update(num_attention_heads=4, num_key_value_heads=2, sliding_window=4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MistralConfig(**shape, pad_token_id=0, eos_token_id=1))
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 5, 6, 7, 8]] * 4)
     batch = {"prompt_ids": ids, "prompt_mask": ids > 0}
-    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch)
+    lengths, _ = check_agreement(model, 1, batch, 12, monkeypatch, rows)
     assert lengths.max() > 4
 
 
