@@ -5,16 +5,19 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, CompileConfig, FalconConfig
 from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CompileConfig,
+    FalconConfig,
     GenerationConfig,
     GPTNeoConfig,
     JambaConfig,
     MambaConfig,
     MiniMaxConfig,
     MistralConfig,
+    Qwen3NextConfig,
 )
-from transformers import Qwen3NextConfig
 
 from rlhf import batches, generate, models
 from rlhf.args import InputError

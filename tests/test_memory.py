@@ -38,6 +38,14 @@ def test_every_model_of_a_run_and_both_rows_of_a_pair_are_foretold(script, flags
     assert {model.name: model.rows for model in memory.plan(script, args)} == expected
 
 
+@pytest.mark.parametrize("micro,scored", [(5, 5), (64, 16)])
+def test_what_a_rollout_scores_at_once_is_foretold(micro, scored):
+    args = memory.parsed("train_ppo.py", [f"--generation_micro_batch_size={micro}"])
+    found = {model.name: (model.rows, model.sampled) for model in memory.plan("train_ppo.py", args)}
+    read_only = {"reward": (scored, 0), "reference": (scored, 0)}
+    assert found == {"actor": (16, 16), "critic": (16, 0), **read_only}
+
+
 @pytest.mark.parametrize(
     "flags,on_gpu,on_cpu",
     [([], 4, 0), (["--actor_zero_stage=3"], 2, 0), (["--actor_zero_stage=3", "--offload"], 0, 2)],

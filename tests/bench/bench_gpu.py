@@ -15,15 +15,14 @@ import argparse
 import json
 import random
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from tests.bench.bench_ppo import make, model  # noqa: E402
+from tests.bench.bench_ppo import make, model, result, started  # noqa: E402
 
 DECODERS = ("ours", "compiled", "plain")
 TITLES = {
@@ -55,20 +54,20 @@ def parse():
     return parser.parse_args()
 
 
-def plain(policy, batch, tokens, temperature, top_p, top_k, **_):
-    """sample() by Transformers' generate as it is called most."""
-    ids = batch["prompt_ids"]
-    drawn = policy.eval().generate(
-        ids,
-        attention_mask=batch["prompt_mask"].long(),
-        max_new_tokens=tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-    )[:, ids.shape[1] :]
-    ends = drawn == policy.config.eos_token_id
-    mask = ends.cumsum(1) - ends.long() == 0
-    return {**batch, "response_ids": drawn, "mask": mask, "ended": ends.any(1)}
+def plain(policy, *given, **_):
+    """sample_compiled(), but with the cache that generate takes by itself."""
+    from rlhf.generate import sample_compiled
+
+    generate, own = (
+        policy.generate,
+        ("cache_implementation", "max_cache_len", "remove_invalid_values"),
+    )
+
+    def dynamic(ids, **how):
+        return generate(ids, **{name: value for name, value in how.items() if name not in own})
+
+    with mock.patch.object(policy, "generate", dynamic):
+        return sample_compiled(policy, *given, room=0)
 
 
 def bytes_a_second(device):
@@ -91,29 +90,16 @@ def measured(args):
     import torch
 
     import train_ppo
-    from rlhf import batches, engine, models
+    from rlhf import batches, engine
 
     folder, [decoder] = f"{args.fixture}/{args.model}", args.decoder
-    rows, longest = str(args.batch), (str(args.prompt), str(args.response))
-    command = [
-        "train_ppo.py",
-        "--actor_model_name_or_path",
-        f"{folder}/actor",
-        "--dtype",
-        args.dtype,
-    ]
-    command += ["--critic_model_name_or_path", f"{folder}/critic_seqcls", "--actor_lr", "1e-6"]
-    command += ["--per_device_generation_batch_size", rows, "--output_dir", tempfile.mkdtemp()]
-    command += ["--per_device_training_batch_size", rows, "--max_prompt_seq_len", longest[0]]
-    command += ["--max_answer_seq_len", longest[1], *args.extra.split()]
-    sys.argv = command + ["--compiled_generation"] * (decoder == "compiled")
-    flags = train_ppo.parse()
-    engine.init(flags)
+    more = args.extra.split() + ["--compiled_generation"] * (decoder == "compiled")
+    flags, tokenizer, engines = started(
+        folder, args.dtype, args.batch, args.prompt, args.response, more
+    )
+    actor, _, critic, _ = engines
     if decoder == "plain":
         train_ppo.sample = plain
-    tokenizer = models.load_tokenizer(f"{folder}/actor", flags)
-    actor, critic, reference, reward = train_ppo.load_models(flags, tokenizer, 1000)
-    engines = actor, reference, critic, reward
     rng, words, found = random.Random(0), len(tokenizer), []
     read = bytes_a_second(engine.device())
     products = engine.products_rate(args.dtype)
@@ -168,13 +154,11 @@ def main():
         while True:
             command = [sys.executable, __file__, *sys.argv[1:], "--child"]
             command += ["--decoder", decoder, "--batch", str(batch)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            rows = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-            if not rows:
-                reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
-                print(f"{decoder}, batch {batch}: {reason}", file=sys.stderr)
+            try:
+                row = result(command)
+            except SystemExit as error:  # no memory for it
+                print(error, file=sys.stderr)
                 break
-            row = json.loads(rows[0].removeprefix("RESULT"))
             cells = [
                 f"{row[name]:,.0f}" if row[name] > 100 else f"{row[name]:.2f}" for name in TITLES
             ]

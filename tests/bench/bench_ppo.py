@@ -120,33 +120,35 @@ def make(fixture, name):
         json.dump([draw() for _ in range(256)], file)
 
 
+def started(folder, dtype, batch, prompt, response, more):
+    """Step 3's flags, its tokenizer, and actor, reference, critic and reward model, as shipped."""
+    import train_ppo
+    from rlhf import engine, models
+
+    actor, critic, rows = f"{folder}/actor", f"{folder}/critic_seqcls", str(batch)
+    sys.argv = ["train_ppo.py", "--actor_model_name_or_path", actor, "--dtype", dtype]
+    sys.argv += ["--critic_model_name_or_path", critic, "--output_dir", tempfile.mkdtemp()]
+    sys.argv += ["--actor_lr", "1e-5", "--per_device_generation_batch_size", rows]
+    sys.argv += ["--per_device_training_batch_size", rows, "--max_prompt_seq_len", str(prompt)]
+    sys.argv += ["--max_answer_seq_len", str(response), *more]
+    flags = train_ppo.parse()
+    engine.init(flags)
+    tokenizer = models.load_tokenizer(actor, flags)
+    actor, critic, reference, reward = train_ppo.load_models(flags, tokenizer, 1000)
+    return flags, tokenizer, (actor, reference, critic, reward)
+
+
 def ours(args):
     """One JSON row in this process."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
     import train_ppo
-    from rlhf import batches, engine, generate, models
+    from rlhf import batches, engine, generate
 
-    folder, out = f"{args.fixture}/{args.model}", tempfile.mkdtemp()
-    critic = f"{folder}/critic_seqcls"
-    sys.argv = [
-        "train_ppo.py",
-        "--actor_model_name_or_path",
-        f"{folder}/actor",
-        "--dtype",
-        args.dtype,
-    ]
-    sys.argv += ["--critic_model_name_or_path", critic, "--output_dir", out, "--actor_lr", "1e-5"]
-    sys.argv += ["--per_device_generation_batch_size", str(args.batch)]
-    sys.argv += ["--per_device_training_batch_size", str(args.batch)]
-    sys.argv += ["--max_prompt_seq_len", "128", "--max_answer_seq_len", str(args.response)]
-    sys.argv += args.extra.split()
-    flags = train_ppo.parse()
-    engine.init(flags)
-    tokenizer = models.load_tokenizer(f"{folder}/actor", flags)
-    actor, value, reference, reward = train_ppo.load_models(flags, tokenizer, 1000)
-    engines = actor, reference, value, reward
+    folder, more = f"{args.fixture}/{args.model}", args.extra.split()
+    flags, tokenizer, engines = started(folder, args.dtype, args.batch, 128, args.response, more)
+    actor, _, value, _ = engines
     rng, draw = random.Random(7), getattr(generate, "draw", None)
     eos = tokenizer.eos_token_id
     state = {}
